@@ -1,0 +1,5 @@
+import sys
+
+from glm45_jax.cli import main
+
+sys.exit(main())
