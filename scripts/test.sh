@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests; arguments go to pytest (`bash scripts/test.sh -m "not slow"`, `bash scripts/test.sh tests/model -k mtp`).
+# PARITY=1 also installs torch and transformers and runs the live comparisons with them.
+set -euo pipefail
+# shellcheck source=scripts/setup_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+extras="test"
+if [[ ${PARITY:-0} == 1 ]]; then
+  extras="test,parity"
+fi
+setup_env "$extras"
+exec .venv/bin/python -m pytest "$@"
