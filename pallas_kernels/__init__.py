@@ -1,1 +1,10 @@
-"""x"""
+"""Kernels for mixture-of-experts models on TPU, GPU and CPU. Stands alone: imports nothing from `glm45_jax`.
+
+Each op has one signature and several implementations; `implementation=None` lets the platform that a program is
+lowered for choose, so that programs compiled for a TPU on a CPU host are the TPU's.
+"""
+
+from pallas_kernels.fused_moe.api import fused_moe
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+
+__all__ = ["fused_moe", "grouped_matmul"]

@@ -22,7 +22,7 @@ Axes = tuple[str | None, ...]
 def _param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: jax.nn.initializers.Initializer, dtype: str
 ) -> nnx.Param:
-    # `axes` is our own metadata key: flax resolves its own sharding names as mesh axes at once, and fails without a mesh.
+    # `axes` is our own metadata key: flax resolves its own sharding names as mesh axes at once, and fails without one.
     return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
 
 
@@ -44,7 +44,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: biases on q, k, v only; one norm of the head dim for all q heads, one for all k heads."""
+    """Grouped-query attention: biases on q, k, v only; one norm over the head dim for all q heads, one for all k."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim

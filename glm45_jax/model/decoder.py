@@ -1,0 +1,223 @@
+"""The forward pass of whole sequences: embedding, scanned layers, final norm, head.
+
+Compile time does not grow with depth: layers of a kind are one scanned body over their stacked parameters.
+
+Axes: B batch, S sequence, D model, V vocabulary, L layers, Lm MoE layers, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm45_jax.config import ModelConfig
+from glm45_jax.errors import UserError
+from glm45_jax.model.attention import attend_causal, output, project
+from glm45_jax.model.layers import linear, rms_norm, rotary_tables, swiglu
+from glm45_jax.model.moe import Routing, moe
+from glm45_jax.model.params import Params, merge, merge_outer, stacked_kinds
+
+
+class ForwardOutput(NamedTuple):
+    """What `forward` returns; the last two are None unless collected."""
+
+    logits: Float[Array, "B S V"]  # float32
+    hidden: Float[Array, "B S D"]  # after the final norm
+    hidden_states: Float[Array, "L+1 B S D"] | None = None  # embeddings, each layer's output; the last one normed
+    router: Routing | None = None  # logits [Lm, B, S, E], indices and weights [Lm, B, S, k]
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a batch of sequences stand: which segment each belongs to and its rotary position."""
+
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+
+
+def rows_of(
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    attention_mask: Int[Array, "B S"] | None = None,
+) -> Rows:
+    """Segments and positions from what the caller gave.
+
+    Padding (mask 0) is segment 0. Positions restart with each segment when `segment_ids` is given and else count from
+    the row's start, over padding too, as transformers does without `position_ids`.
+    """
+    for name, value in (("positions", positions), ("segment_ids", segment_ids), ("attention_mask", attention_mask)):
+        if value is not None and value.shape != tokens.shape:
+            raise UserError(f"{name} has shape {value.shape}, tokens {tokens.shape}; they must be equal")
+    place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if positions is None:
+        positions = place if segment_ids is None else place - _segment_starts(segment_ids)
+    segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    if attention_mask is not None:
+        segments = jnp.where(attention_mask != 0, segments, 0)
+    return Rows(segments.astype(jnp.int32), positions)
+
+
+def _segment_starts(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The index at which each token's segment begins."""
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    place = jnp.arange(segment_ids.shape[1])
+    return jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    attention_mask: Int[Array, "B S"] | None = None,
+    collect: Collection[str] = (),
+) -> ForwardOutput:
+    """The model over whole sequences. Pure; composes with `jit` (config static), `grad` and `vmap`.
+
+    Args:
+      params: the tree of `init_params` or `load_checkpoint`.
+      tokens: ids, all below `vocab_size`.
+      positions: of the rotary embedding; see `rows_of` for the default.
+      segment_ids: of packed sequences; tokens see only their own segment. 0 is padding.
+      attention_mask: 1 for tokens, 0 for padding, on either side.
+      collect: any of "hidden_states", "router".
+    """
+    unknown = set(collect) - {"hidden_states", "router"}
+    if unknown:
+        raise UserError(f"forward can collect 'hidden_states' and 'router', not {sorted(unknown)}")
+    rows = rows_of(jnp.asarray(tokens), positions, segment_ids, attention_mask)
+    hidden, states, routing = hidden_states(params, config, tokens, rows, keep_states="hidden_states" in collect)
+    logits = head_logits(hidden, head_weight(params, config))
+    if states is not None:
+        states = jnp.concatenate([states[:-1], hidden[None]])
+    return ForwardOutput(logits, hidden, states, routing if "router" in collect else None)
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B S"], rows: Rows, *, keep_states: bool = False
+) -> tuple[Float[Array, "B S D"], Array | None, Routing | None]:
+    """Hidden states after the final norm; every layer's output if asked [L+1, B, S, D]; the MoE layers' routing."""
+    h = embed(params["embed"]["weight"], tokens, config)
+    rotary = rotary_tables(config, rows.positions)
+    states, routing = [h[None]], None
+    for kind in stacked_kinds(config):
+
+        def body(h, layer_params, kind=kind):
+            h, routing = block(merge(config, kind, layer_params), config, h, rows, rotary)
+            return h, (h if keep_states else None, routing)
+
+        h, (outputs, layer_routing) = jax.lax.scan(remat(body, config), h, params[kind])
+        routing = layer_routing if kind == "moe_layers" else routing
+        states.append(outputs)
+    h = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps)
+    return h, jnp.concatenate(states) if keep_states else None, routing
+
+
+def block(
+    module: Any, config: ModelConfig, h: Float[Array, "B S D"], rows: Rows, rotary: tuple[Array, Array]
+) -> tuple[Float[Array, "B S D"], Routing | None]:
+    """One decoder layer: h + attention(norm h), then + MLP or experts(norm of that)."""
+    a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
+    q, k, v = project(a, module.attention, config, rotary)
+    h = h + output(attend_causal(q, k, v, rows.segment_ids), module.attention)
+    b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
+    if hasattr(module, "mlp"):
+        return h + swiglu(b, module.mlp), None
+    batch, length, dim = b.shape
+    y, routing = moe(b.reshape(-1, dim), module.moe, config)
+    routing = Routing(*(x.reshape(batch, length, -1) for x in routing))
+    return h + y.reshape(b.shape), routing
+
+
+def remat(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    """`body` with the config's policy for what the backward pass recomputes."""
+    policies: dict[str, Any] = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if config.remat == "none":
+        return body
+    if config.remat not in policies:
+        raise UserError(f"remat policy {config.remat!r} is unknown; choose 'none', {', '.join(map(repr, policies))}")
+    return jax.checkpoint(body, policy=policies[config.remat], prevent_cse=False)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"], config: ModelConfig) -> Float[Array, "B S D"]:
+    return table[tokens].astype(config.dtype)
+
+
+def head_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
+    return params["embed" if config.tie_word_embeddings else "head"]["weight"]
+
+
+def head_logits(hidden: Float[Array, "*n D"], weight: Float[Array, "V D"]) -> Float[Array, "*n V"]:
+    """Logits in float32."""
+    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(hidden, weight.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+
+
+# --- multi-token prediction ----------------------------------------------------------------------------------------
+
+
+class MTPOutput(NamedTuple):
+    """Position t holds what the MTP layer says of token t + 2."""
+
+    logits: Float[Array, "B S-1 V"]
+    hidden: Float[Array, "B S-1 D"]  # after the MTP layer's own norm
+    router: Routing
+
+
+def mtp_forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    attention_mask: Int[Array, "B S"] | None = None,
+    hidden: Float[Array, "B S D"] | None = None,
+) -> MTPOutput:
+    """The multi-token-prediction layer over whole sequences; `hidden` is `forward(…).hidden`, if at hand already."""
+    if not config.has_mtp:
+        raise UserError("this model has no MTP layer (num_nextn_predict_layers is 0)")
+    rows = rows_of(jnp.asarray(tokens), positions, segment_ids, attention_mask)
+    if hidden is None:
+        hidden, _, _ = hidden_states(params, config, tokens, rows)
+    out, routing = mtp_hidden(params, config, hidden[:, :-1], tokens[:, 1:], Rows(*(x[:, :-1] for x in rows)))
+    return MTPOutput(head_logits(out, mtp_head_weight(params, config)), out, routing)
+
+
+def mtp_hidden(
+    params: Params, config: ModelConfig, hidden: Float[Array, "B S D"], next_tokens: Int[Array, "B S"], rows: Rows
+) -> tuple[Float[Array, "B S D"], Routing]:
+    """From the hidden state at t (after the final norm) and token t + 1: the hidden state that predicts token t + 2."""
+
+    def run(mtp_params, h):
+        module = merge_outer(config, {**outer, "mtp": mtp_params}).mtp
+        z = mtp_input(module, config, h, embed(mtp_embed_weight(params, config), next_tokens, config))
+        z, routing = block(module.block, config, z, rows, rotary_tables(config, rows.positions))
+        return rms_norm(z, module.norm.scale[...], config.rms_norm_eps), routing
+
+    outer = {k: v for k, v in params.items() if k not in stacked_kinds(config)}
+    return remat(run, config)(params["mtp"], hidden)
+
+
+def mtp_input(
+    module: Any, config: ModelConfig, hidden: Float[Array, "B S D"], embedded: Float[Array, "B S D"]
+) -> Float[Array, "B S D"]:
+    """eh_proj over the two normed halves, the embedding first."""
+    e = rms_norm(embedded, module.enorm.scale[...], config.rms_norm_eps)
+    g = rms_norm(hidden, module.hnorm.scale[...], config.rms_norm_eps)
+    return linear(jnp.concatenate([e, g], axis=-1), module.eh_proj)
+
+
+def mtp_embed_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
+    return (params["mtp"] if config.mtp_own_embed else params)["embed"]["weight"]
+
+
+def mtp_head_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
+    return params["mtp"]["head"]["weight"] if config.mtp_own_head else head_weight(params, config)

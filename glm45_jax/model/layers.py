@@ -1,0 +1,56 @@
+"""The small operations every layer is made of: norm, linear, rotary embedding, SwiGLU.
+
+Axes: B batch, S sequence, D model, H heads, h head dim, O output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm45_jax.config import ModelConfig
+
+
+def rms_norm(x: Float[Array, "*n D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
+    """Root-mean-square norm in float32; the scale is multiplied after the cast back, as the published model does."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * normed.astype(x.dtype)
+
+
+def linear(x: Float[Array, "*n I"], module: Any) -> Float[Array, "*n O"]:
+    """x @ weight.T, plus the bias where there is one. Weights [O, I] are cast to the dtype of `x`."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(x, module.weight[...].astype(x.dtype), contract)
+    return y + module.bias[...].astype(x.dtype) if hasattr(module, "bias") else y
+
+
+def swiglu(x: Float[Array, "*n D"], mlp: Any) -> Float[Array, "*n D"]:
+    """down(silu(gate x) * up x)."""
+    return linear(jax.nn.silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
+
+
+def rotary_tables(
+    config: ModelConfig, positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S r"], Float[Array, "B S r"]]:
+    """Cosines and sines for half of the rotated dimensions (the other half repeats them), from float32 angles."""
+    half = config.rotary_dim // 2
+    inverse = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
+    angles = positions.astype(jnp.float32)[..., None] * inverse
+    return jnp.cos(angles).astype(config.dtype), jnp.sin(angles).astype(config.dtype)
+
+
+def rotate(
+    x: Float[Array, "B S H h"], cos: Float[Array, "B S r"], sin: Float[Array, "B S r"]
+) -> Float[Array, "B S H h"]:
+    """Rotary embedding of the first 2r dimensions of each head; the rest of the head passes through.
+
+    Pairs the first half with the second (NEOX), not neighbours as the dense GLM-4 does.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

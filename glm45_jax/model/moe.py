@@ -1,0 +1,140 @@
+"""The mixture of experts: a sigmoid router whose bias selects but never weighs, routed experts, a shared expert.
+
+Every token goes to its experts; none is dropped. Rows are sorted by expert and multiplied group by group.
+
+Axes: T tokens, D model, E experts, k experts per token, M = T * k routed rows, F expert width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from glm45_jax.config import ModelConfig
+from glm45_jax.model.layers import swiglu
+from pallas_kernels import fused_moe, grouped_matmul
+
+
+class Routing(NamedTuple):
+    """What the router decided, all in float32."""
+
+    logits: Float[Array, "T E"]
+    indices: Int[Array, "T k"]
+    weights: Float[Array, "T k"]
+
+
+def route(x: Float[Array, "T D"], router: Any, config: ModelConfig) -> Routing:
+    """Scores every expert by a sigmoid and chooses the best by score plus selection bias.
+
+    With groups, only the `topk_group` groups whose two best biased scores sum highest can be chosen from. Weights are
+    the chosen experts' unbiased scores, normalised where the model does so, times `routed_scaling_factor`.
+    """
+    logits = jax.lax.dot_general(
+        x.astype(jnp.float32),
+        router.weight[...].astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    scores = jax.nn.sigmoid(logits)
+    biased = jax.lax.stop_gradient(scores) + router.bias[...].astype(jnp.float32)
+    _, indices = jax.lax.top_k(_only_best_groups(biased, config), config.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, indices, axis=-1)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return Routing(logits, indices, weights * config.routed_scaling_factor)
+
+
+def _only_best_groups(biased: Float[Array, "T E"], config: ModelConfig) -> Float[Array, "T E"]:
+    if config.topk_group == config.n_group:
+        return biased
+    grouped = biased.reshape(biased.shape[0], config.n_group, -1)
+    group_scores = jax.lax.top_k(grouped, 2)[0].sum(-1)
+    _, best = jax.lax.top_k(group_scores, config.topk_group)
+    kept = jax.nn.one_hot(best, config.n_group, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(biased.shape)
+
+
+def moe(x: Float[Array, "T D"], module: Any, config: ModelConfig) -> tuple[Float[Array, "T D"], Routing]:
+    """Routed experts plus the shared expert (never scaled), by grouped matmuls; differentiable."""
+    routing = route(x, module.router, config)
+    out = routed_experts(x, routing, module.experts, config)
+    return _add_shared(out, x, module), routing
+
+
+def moe_decode(x: Float[Array, "T D"], module: Any, config: ModelConfig, layer: Array | None) -> Float[Array, "T D"]:
+    """`moe` for decoding: expert weights stay stacked over layers, for few tokens in one fused op."""
+    routing = route(x, module.router, config)
+    if x.shape[0] * config.num_experts_per_tok <= 4 * config.n_routed_experts:
+        e = module.experts
+        gate, up, down = (w[...].astype(x.dtype) for w in (e.gate, e.up, e.down))
+        out = fused_moe(
+            x, gate, up, down, routing.indices, routing.weights,
+            layer=layer, transpose_rhs=True, implementation=config.implementation,
+        )  # fmt: skip
+    else:
+        out = routed_experts(x, routing, module.experts, config, layer)
+    return _add_shared(out, x, module)
+
+
+def _add_shared(out: Float[Array, "T D"], x: Float[Array, "T D"], module: Any) -> Float[Array, "T D"]:
+    return out + swiglu(x, module.shared) if hasattr(module, "shared") else out
+
+
+def routed_experts(
+    x: Float[Array, "T D"], routing: Routing, experts: Any, config: ModelConfig, layer: Array | None = None
+) -> Float[Array, "T D"]:
+    """Sends each token to its experts and sums their answers by weight; only the routed work is done."""
+    top_k = config.num_experts_per_tok
+    flat = routing.indices.reshape(-1)
+    order = jnp.argsort(flat, stable=True)  # routed rows sorted by expert
+    place = jnp.argsort(order)  # where each (token, choice) went
+    sizes = jnp.bincount(flat, length=config.n_routed_experts).astype(jnp.int32)
+
+    def product(lhs: Array, weight: Any) -> Array:
+        rhs = weight[...].astype(lhs.dtype)
+        return grouped_matmul(lhs, rhs, sizes, transpose_rhs=True, layer=layer, implementation=config.implementation)
+
+    rows = _dispatch(x, order, place, top_k)
+    hidden = jax.nn.silu(product(rows, experts.gate)) * product(rows, experts.up)
+    answers = _collect(product(hidden, experts.down), order, place).reshape(*routing.weights.shape, -1)
+    return jnp.einsum("tk,tkd->td", routing.weights, answers.astype(jnp.float32)).astype(x.dtype)
+
+
+# Dispatch and collection are gathers both ways: XLA would derive a scatter-add from a gather, slow everywhere.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(
+    x: Float[Array, "T D"], order: Int[Array, " M"], place: Int[Array, " M"], top_k: int
+) -> Float[Array, "M D"]:
+    """Each token's row once per chosen expert, sorted by expert."""
+    return x[order // top_k]
+
+
+def _dispatch_bwd(top_k, place, dout):
+    by_token = dout[place].reshape(-1, top_k, dout.shape[-1])
+    return by_token.astype(jnp.float32).sum(1).astype(dout.dtype), _no_gradient(place), _no_gradient(place)
+
+
+_dispatch.defvjp(lambda x, order, place, top_k: (_dispatch(x, order, place, top_k), place), _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _collect(rows: Float[Array, "M D"], order: Int[Array, " M"], place: Int[Array, " M"]) -> Float[Array, "M D"]:
+    """Rows from the order of experts back to that of (token, choice)."""
+    return rows[place]
+
+
+_collect.defvjp(
+    lambda rows, order, place: (rows[place], order),
+    lambda order, dout: (dout[order], _no_gradient(order), _no_gradient(order)),
+)
+
+
+def _no_gradient(x: Array) -> np.ndarray:
+    return np.zeros(x.shape, jax.dtypes.float0)
