@@ -186,7 +186,7 @@ class Tokenizer:
         With `sanitize=True` the names of control tokens inside tools and system, user and tool messages are plain
         text: a user who types `<|assistant|>` does not start a turn. The assistant's own messages keep their meaning.
         """
-        if not sanitize:
+        if not sanitize or not self.special_ids:
             text = self.render_chat(messages, tools, add_generation_prompt, enable_thinking, **kwargs)
             return self.encode(text)
         check_is_list(messages, "messages")

@@ -204,3 +204,10 @@ def test_truncation_in_a_file_does_not_cut_text(tokenizer, tmp_path):
     layout["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
     assert Tokenizer.load(tmp_path).encode("a b c d e f g h") == tokenizer.encode("a b c d e f g h")
+
+
+def test_a_tokenizer_without_added_tokens_has_nothing_to_sanitise(tokenizer):
+    messages = [{"role": "user", "content": "<|user|>"}]
+    bare = Tokenizer(tokenizer._plain_backend)
+    assert bare.special_ids == {}
+    assert bare.encode_chat(messages, sanitize=True) == bare.encode(bare.render_chat(messages))
