@@ -1,15 +1,20 @@
 """The GLM-4.5 model as pure functions over one params tree."""
 
+from glm45_jax.model.decode import KVCache, decode_step, init_cache, prefill
 from glm45_jax.model.decoder import ForwardOutput, MTPOutput, forward, mtp_forward
 from glm45_jax.model.params import Params, abstract_params, init_params, param_axes
 
 __all__ = [
     "ForwardOutput",
+    "KVCache",
     "MTPOutput",
     "Params",
     "abstract_params",
+    "decode_step",
     "forward",
+    "init_cache",
     "init_params",
     "mtp_forward",
     "param_axes",
+    "prefill",
 ]

@@ -1,0 +1,197 @@
+"""Decoding with a KV cache: `init_cache`, `prefill`, `decode_step`.
+
+These loop over the layer *number* and read the stacked weights in place: expert weights and caches are never sliced by
+the loop, which would copy every expert at every step.
+
+A cache row is a list of slots. A token may see the slots before its own whose segment is its own; empty slots and
+padding have segment 0, so prompts of different lengths, padded on either side, and packed rows are all one case.
+
+Axes: B batch, S new tokens, T slots, L layers, K kv heads, h head dim, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from glm45_jax.config import ModelConfig
+from glm45_jax.errors import UserError
+from glm45_jax.model.attention import attend, attend_causal, output, project
+from glm45_jax.model.decoder import Rows, embed, head_logits, head_weight, rows_of
+from glm45_jax.model.layers import rms_norm, rotary_tables, swiglu
+from glm45_jax.model.moe import moe_decode
+from glm45_jax.model.params import Params, merge, stacked_kinds
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, and where each row stands."""
+
+    k: Float[Array, "L B K T h"]
+    v: Float[Array, "L B K T h"]
+    segment_ids: Int[Array, "B T"]  # 0: empty, or padding
+    length: Int[Array, " B"]  # the next free slot
+    position: Int[Array, " B"]  # the rotary position of the next token
+    segment: Int[Array, " B"]  # the segment that the next token goes on with
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[3]
+
+
+def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: Any = None) -> KVCache:
+    """An empty cache for `batch_size` rows of up to `capacity` tokens, prompt and answer together."""
+    shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+    dtype = dtype or config.dtype
+    zeros = jnp.zeros(batch_size, jnp.int32)
+    return KVCache(
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros((batch_size, capacity), jnp.int32),
+        zeros,
+        zeros,
+        zeros,
+    )
+
+
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    attention_mask: Int[Array, "B S"] | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads the prompts into an empty cache. Returns the logits after each row's last token, and the cache.
+
+    Padding (mask or segment 0) may stand on either side. With padding on the right the next token overwrites it.
+
+    Raises:
+      UserError: more tokens than slots.
+    """
+    tokens = jnp.asarray(tokens)
+    if tokens.shape[1] > cache.capacity:
+        raise UserError(f"a prompt of {tokens.shape[1]} tokens does not fit a cache of {cache.capacity} slots")
+    rows = rows_of(tokens, positions, segment_ids, attention_mask)
+    place = jnp.arange(tokens.shape[1])
+    last = jnp.max(jnp.where(rows.segment_ids != 0, place, 0), axis=1)
+    at_last = lambda x: jnp.take_along_axis(x, last[:, None], axis=1)[:, 0]  # noqa: E731
+
+    def attention(q, k, v, kv, layer):
+        kv = tuple(
+            jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, 0, 0, 0))
+            for stack, new in zip(kv, (k, v))
+        )
+        return attend_causal(q, k, v, rows.segment_ids), kv
+
+    h, (k, v) = _layers(params, config, tokens, rows, (cache.k, cache.v), attention)
+    cache = KVCache(
+        k, v,
+        jax.lax.dynamic_update_slice(cache.segment_ids, rows.segment_ids, (0, 0)),
+        last + 1, at_last(rows.positions) + 1, at_last(rows.segment_ids),
+    )  # fmt: skip
+    h = jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
+    return _logits(params, config, h), cache
+
+
+def decode_step(
+    params: Params, config: ModelConfig, cache: KVCache, tokens: Int[Array, " B"]
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Appends one token to each row. Returns the logits for the token after it, and the cache.
+
+    The cache is updated in place when it is donated (`jit(…, donate_argnums)`) or carried by a loop. A row that is full
+    (`length` equal to `capacity`) overwrites its last slot: callers stop before.
+    """
+    batch = tokens.shape[0]
+    rows = Rows(cache.segment[:, None], cache.position[:, None])
+    slots = jnp.minimum(cache.length, cache.capacity - 1)
+    kv_segment_ids = cache.segment_ids.at[jnp.arange(batch), slots].set(cache.segment)
+
+    def attention(q, k, v, kv, layer):
+        kv = tuple(_write(stack, new, layer, slots) for stack, new in zip(kv, (k, v)))
+        return _attend_cached(q, *kv, layer, slots[:, None], rows.segment_ids, kv_segment_ids), kv
+
+    h, (k, v) = _layers(params, config, tokens[:, None], rows, (cache.k, cache.v), attention)
+    cache = KVCache(k, v, kv_segment_ids, cache.length + 1, cache.position + 1, cache.segment)
+    return _logits(params, config, h[:, 0]), cache
+
+
+def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
+    """Attention of one new token of each row [B, 1, H, h] to the cached keys and values of a layer."""
+
+    def batched(q, k, v, layer, slots, segments, kv_segments):
+        keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q.dtype) for x in (k, v))
+        return attend(q, keys, values, slots=slots, segment_ids=segments, kv_segment_ids=kv_segments)
+
+    def row_by_row(q, k, v, layer, slots, segments, kv_segments):
+        # XLA's CPU matmul wants its operand copied out of the stack: one row at a time keeps the copy small and in cache
+        def one(row):
+            take = lambda x: jax.lax.dynamic_index_in_dim(x, row)  # noqa: E731
+            cached = lambda x: jax.lax.dynamic_slice(x, (layer, row, 0, 0, 0), (1, 1, *x.shape[2:]))[0]  # noqa: E731
+            return batched(
+                take(q), cached(k)[None], cached(v)[None], 0, take(slots), take(segments), take(kv_segments)
+            )[0]
+
+        return jax.lax.map(one, jnp.arange(q.shape[0]))
+
+    args = (q, k, v, layer, slots, segment_ids, kv_segment_ids)
+    return jax.lax.platform_dependent(*args, cpu=row_by_row, default=batched)
+
+
+def _write(
+    stack: Float[Array, "L B K T h"], new: Float[Array, "B K 1 h"], layer: Int[Array, ""], slots: Int[Array, " B"]
+) -> Float[Array, "L B K T h"]:
+    """Puts one token of each row into its slot: one small update a row, which XLA does in place."""
+    for row in range(new.shape[0]):
+        update = new[row][None, None].astype(stack.dtype)
+        stack = jax.lax.dynamic_update_slice(stack, update, (layer, row, 0, slots[row], 0))
+    if stack.shape[-1] % 128 == 0:  # else XLA for TPU turns a float32 cache into another layout and back at every step
+        stack = with_layout_constraint(stack, Layout(major_to_minor=tuple(range(stack.ndim))))
+    return stack
+
+
+def _layers(params, config, tokens, rows, kv, attention):
+    """All layers, by number; `attention(q, k, v, kv, layer)` reads and updates the cache."""
+    h = embed(params["embed"]["weight"], tokens, config)
+    rotary = rotary_tables(config, rows.positions)
+    first = 0
+    for kind, count in stacked_kinds(config).items():
+
+        def body(index, carry, kind=kind, first=first):
+            h, kv = carry
+            module = merge(config, kind, _layer(params[kind], index))
+            a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
+            attended, kv = attention(*project(a, module.attention, config, rotary), kv, first + index)
+            h = h + output(attended, module.attention)
+            b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
+            if hasattr(module, "mlp"):
+                return h + swiglu(b, module.mlp), kv
+            y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, index)
+            return h + y.reshape(h.shape), kv
+
+        h, kv = jax.lax.fori_loop(0, count, body, (h, kv))
+        first += count
+    return rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps), kv
+
+
+def _layer(stacked: Params, index: Int[Array, ""]) -> Params:
+    """One layer's parameters by number; the experts' stay whole, their op takes the number itself."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
+    if "moe" not in stacked:
+        return jax.tree.map(take, stacked)
+    moe = stacked["moe"]
+    rest = {**stacked, "moe": {k: v for k, v in moe.items() if k != "experts"}}
+    layer = jax.tree.map(take, rest)
+    layer["moe"]["experts"] = moe["experts"]
+    return layer
+
+
+def _logits(params: Params, config: ModelConfig, h: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    return head_logits(h, head_weight(params, config))
