@@ -152,7 +152,7 @@ def _write(
     for row in range(new.shape[0]):
         update = new[row][None, None].astype(stack.dtype)
         stack = jax.lax.dynamic_update_slice(stack, update, (layer, row, 0, slots[row], 0))
-    if stack.shape[-1] % 128 == 0:  # else XLA for TPU turns a float32 cache into another layout and back at every step
+    if stack.shape[-1] % 128 == 0:  # else XLA for TPU turns a float32 cache into another layout, and back, every step
         stack = with_layout_constraint(stack, Layout(major_to_minor=tuple(range(stack.ndim))))
     return stack
 

@@ -99,23 +99,34 @@ def forward(
 
 
 def hidden_states(
-    params: Params, config: ModelConfig, tokens: Int[Array, "B S"], rows: Rows, *, keep_states: bool = False
-) -> tuple[Float[Array, "B S D"], Array | None, Routing | None]:
-    """Hidden states after the final norm; every layer's output if asked [L+1, B, S, D]; the MoE layers' routing."""
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    rows: Rows,
+    *,
+    keep_states: bool = False,
+    summarize: Callable[[Routing], Any] = lambda routing: routing,
+) -> tuple[Float[Array, "B S D"], Array | None, Any]:
+    """The main model without its head.
+
+    Returns:
+      Hidden states after the final norm; the embeddings and every layer's output [L+1, B, S, D] if asked for; and what
+      `summarize` made of each MoE layer's routing, stacked [Lm, …] (None without MoE layers).
+    """
     h = embed(params["embed"]["weight"], tokens, config)
     rotary = rotary_tables(config, rows.positions)
-    states, routing = [h[None]], None
+    states, summaries = [h[None]], None
     for kind in stacked_kinds(config):
 
         def body(h, layer_params, kind=kind):
             h, routing = block(merge(config, kind, layer_params), config, h, rows, rotary)
-            return h, (h if keep_states else None, routing)
+            return h, (h if keep_states else None, None if routing is None else summarize(routing))
 
-        h, (outputs, layer_routing) = jax.lax.scan(remat(body, config), h, params[kind])
-        routing = layer_routing if kind == "moe_layers" else routing
+        h, (outputs, summary) = jax.lax.scan(remat(body, config), h, params[kind])
+        summaries = summary if kind == "moe_layers" else summaries
         states.append(outputs)
     h = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps)
-    return h, jnp.concatenate(states) if keep_states else None, routing
+    return h, jnp.concatenate(states) if keep_states else None, summaries
 
 
 def block(

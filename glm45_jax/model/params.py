@@ -1,7 +1,7 @@
 """The parameter tree: its abstract shapes, its logical axes, its initial values, and modules made from it again.
 
 `params` is a plain nested dict of arrays. Layers of a kind are stacked on a leading `layers` axis: `dense_layers` for
-the first `first_k_dense_replace`, `moe_layers` for the rest; embedding, final norm, head and MTP layer stand beside them.
+the first `first_k_dense_replace`, `moe_layers` for the rest; embedding, final norm, head and MTP layer stand beside.
 Everything that needs shapes, axes or dtypes (shardings, checkpoints, optimizer groups, plans) asks here.
 """
 

@@ -107,9 +107,7 @@ def _target_weights(batch: Batch, rows: Rows, ahead: int) -> Float[Array, "B S-a
 
 
 def _cross_entropy(hidden, head, targets, weights):
-    return weighted_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1)
-    )
+    return weighted_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1))
 
 
 def expert_load(routing: Routing, valid: Array) -> Int[Array, " E"]:
