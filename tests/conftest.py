@@ -1,35 +1,17 @@
-"""What the tests share: where the oracles lie, models loaded from them once, random parameters that all matter.
-
-An oracle is a small checkpoint with what transformers computed from it: `tests/fixtures` (made by
-scripts/make_fixtures.py, always there) and `../shared/golden/checkpoints` (used where it is present).
-"""
+"""Runs the tests on the CPU, leaves live comparisons out where they cannot run, loads each oracle once."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tolerances are those of float32 on a CPU
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-import glm45_jax as glm
-from glm45_jax.config import ModelConfig, get_preset
-from glm45_jax.model import abstract_params
-
-ROOT = Path(__file__).resolve().parents[1]
-FIXTURES = ROOT / "tests" / "fixtures"
-GOLDEN = ROOT.parent / "shared" / "golden"
-
-
-# --- live comparisons ------------------------------------------------------------------------------------------------
+from tests.support import GOLDEN, Oracle, load_oracle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,46 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(skip)
-
-
-# --- oracles ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Oracle:
-    """A checkpoint in float32 and the arrays that transformers computed from it in float32."""
-
-    name: str
-    path: Path
-    config: ModelConfig
-    params: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
-
-
-def oracle_paths(inside: str = "") -> list[Any]:
-    """pytest parameters, one per folder with an oracle (whose arrays' names include `inside`)."""
-    found = sorted(FIXTURES.glob("*/oracle.npz")) + sorted(GOLDEN.glob("checkpoints/*/*/oracle.npz"))
-    kept = [file.parent for file in found if not inside or any(inside in name for name in np.load(file).files)]
-    return [pytest.param(path, id=oracle_name(path)) for path in kept]
-
-
-def oracle_name(path: Path) -> str:
-    return path.name if path.parent == FIXTURES else f"golden_{path.parent.name}_{path.name}"
-
-
-def load_oracle(path: Path) -> Oracle:
-    with np.load(path / "oracle.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    # bfloat16 folders of the golden set hold both computations; the float32 one is exact enough to compare with
-    computed = {name.removeprefix("f32compute_"): value for name, value in arrays.items() if "f32compute_" in name}
-    config, params = glm.load_checkpoint(path, dtype="float32")
-    return Oracle(oracle_name(path), path, config, params, arrays | computed)
 
 
 @pytest.fixture(scope="session")
@@ -103,39 +45,3 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip("the golden data, ../shared/golden, is not on this machine")
     return GOLDEN
-
-
-# --- random models ---------------------------------------------------------------------------------------------------
-
-
-def small_config(**changes: Any) -> ModelConfig:
-    """Smaller than `tiny`: one dense and two MoE layers, every option of GLM-4.5 on."""
-    sizes = {
-        "vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24,
-        "moe_intermediate_size": 8, "max_position_embeddings": 128, "num_nextn_predict_layers": 0,
-    }  # fmt: skip
-    return get_preset("tiny", **sizes | changes)
-
-
-def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """Parameters of which none is neutral: norms off one, biases off zero, matrices that keep activations near one."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names = [key.key for key in path]
-        noise = rng.standard_normal(leaf.shape)
-        if names[-1] == "scale":
-            value = 1 + 0.2 * noise
-        elif names[-1] == "bias":
-            value = (0.2 if "router" in names else 0.3) * noise
-        elif "embed" in names:
-            value = noise * (0.2 if config.tie_word_embeddings else 1.0)
-        else:
-            value = noise * 1.2 * leaf.shape[-1] ** -0.5
-        return jnp.asarray(value, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
-
-
-def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)

@@ -1,0 +1,155 @@
+"""The model against what transformers computed, for every checkpoint of tests/fixtures and of the golden set.
+
+Compared where the mask is 1. The logits' standard deviation is near 1, float32 rounding near 1e-6.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm45_jax as glm
+from tests.support import Oracle, oracle_paths, quick_jit
+
+TOLERANCE = 2e-5
+MASKS = ("full", "left", "right")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def all_masks(params: Any, config: Any, tokens: jax.Array, masks: jax.Array, left_positions: jax.Array) -> Any:
+    """One compilation: all masks as one batch, and left padding once more with explicit positions."""
+    rows = jnp.tile(tokens, (len(MASKS), 1))
+    out = glm.forward(params, config, rows, attention_mask=masks, collect=("hidden_states", "router"))
+    left = glm.forward(params, config, tokens, positions=left_positions, attention_mask=masks[2:4])
+    return out, left.logits
+
+
+@pytest.fixture(scope="module")
+def computed(oracles):
+    """(oracle, our outputs) of a folder; each is computed once."""
+
+    @functools.cache
+    def get(path):
+        o = oracles(path)
+        masks = np.concatenate([o[f"mask_{name}"] for name in MASKS])
+        return o, all_masks(o.params, o.config, o["input_ids"], masks, o["position_ids_left"])
+
+    return get
+
+
+@pytest.mark.parametrize("path", oracle_paths())
+def test_logits(path, computed) -> None:
+    o, (out, left_with_positions) = computed(path)
+    batch = len(o["input_ids"])
+    assert out.logits.dtype == jnp.float32
+    for i, name in enumerate(MASKS):
+        same(out.logits[i * batch : (i + 1) * batch], o[f"logits_{name}"], o[f"mask_{name}"])
+    same(left_with_positions, o["logits_left_pos"], o["mask_left"])
+
+
+@pytest.mark.parametrize("path", oracle_paths())
+def test_hidden_states(path, computed) -> None:
+    o, (out, _) = computed(path)
+    batch, layers = len(o["input_ids"]), o.config.num_hidden_layers
+    assert out.hidden_states.shape[0] == layers + 1
+    for i in range(layers + 1):
+        # the residual stream grows with depth, so the tolerance is relative to it
+        scale = max(1.0, float(np.std(o[f"hidden_{i}"])))
+        np.testing.assert_allclose(out.hidden_states[i, :batch], o[f"hidden_{i}"], atol=TOLERANCE * scale, rtol=0)
+    np.testing.assert_array_equal(out.hidden, out.hidden_states[-1])
+
+
+@pytest.mark.parametrize("path", oracle_paths("router_logits_0"))
+def test_router(path, computed) -> None:
+    o, (out, _) = computed(path)
+    batch, moe_layers = len(o["input_ids"]), o.config.num_moe_layers
+    assert out.router.logits.shape[0] == moe_layers
+    for i in range(moe_layers):
+        logits = np.asarray(out.router.logits[i, :batch]).reshape(o[f"router_logits_{i}"].shape)
+        np.testing.assert_allclose(logits, o[f"router_logits_{i}"], atol=TOLERANCE, rtol=0)
+        if f"router_indices_{i}" in o:
+            indices = np.asarray(out.router.indices[i, :batch]).reshape(len(logits), -1)
+            np.testing.assert_array_equal(np.sort(indices, -1), o[f"router_indices_{i}"])
+
+
+@pytest.mark.parametrize("path", oracle_paths("mtp_logits"))
+def test_mtp(path, oracles) -> None:
+    o = oracles(path)
+    mtp = quick_jit(glm.mtp_forward, static_argnums=1)(o.params, o.config, o["input_ids"])
+    np.testing.assert_allclose(mtp.logits, o["mtp_logits"], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(mtp.hidden, o["mtp_hidden"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("path", oracle_paths("loss"))
+def test_loss_and_gradients(path, oracles) -> None:
+    o = oracles(path)
+    mask = o["mask_right"]
+    batch = {"tokens": o["input_ids"], "segment_ids": mask, "loss_mask": mask}
+
+    def cross_entropy(params):
+        return glm.loss_fn(params, o.config, batch)[1]["cross_entropy"]
+
+    loss, grads = quick_jit(jax.value_and_grad(cross_entropy))(o.params)
+    assert loss == pytest.approx(float(o["loss"]), abs=1e-6)
+    names = [name for name in o.arrays if name.startswith("grad:")]
+    assert len(names) > 10
+    for name in names:
+        expected = o[name]
+        scale = max(1.0, float(np.abs(expected).max()))
+        ours = published_gradient(grads, o, name.removeprefix("grad:"))
+        np.testing.assert_allclose(ours, expected, atol=TOLERANCE * scale, rtol=0, err_msg=name)
+
+
+def same(ours: Any, theirs: np.ndarray, mask: np.ndarray) -> None:
+    real = mask == 1
+    np.testing.assert_allclose(np.asarray(ours)[real], theirs[real], atol=TOLERANCE, rtol=0)
+
+
+def published_gradient(grads: Any, o: Oracle, name: str) -> np.ndarray:
+    """The gradient of the parameter that transformers calls `name` (experts fused: [E, 2F, D], gate rows first)."""
+    outer = {"model.embed_tokens.weight": "embed", "lm_head.weight": "head", "model.norm.weight": "final_norm"}
+    if name in outer:
+        return next(iter(grads[outer[name]].values()))
+    _, _, layer, *rest = name.split(".")
+    dense = o.config.first_k_dense_replace
+    kind, index = ("dense_layers", int(layer)) if int(layer) < dense else ("moe_layers", int(layer) - dense)
+    tree = jax.tree.map(lambda leaf: leaf[index], grads[kind])
+    match rest:
+        case ["input_layernorm" | "post_attention_layernorm" as norm, "weight"]:
+            return tree[{"input_layernorm": "input_norm"}.get(norm, "post_attention_norm")]["scale"]
+        case ["self_attn", "q_norm" | "k_norm" as norm, "weight"]:
+            return tree["attention"][norm]["scale"]
+        case ["self_attn", projection, what]:
+            return tree["attention"][projection.removesuffix("_proj")][what]
+        case ["mlp", "gate", "weight"]:
+            return tree["moe"]["router"]["weight"]
+        case ["mlp", "experts", "gate_up_proj"]:
+            return np.concatenate([tree["moe"]["experts"]["gate"], tree["moe"]["experts"]["up"]], axis=1)
+        case ["mlp", "experts", "down_proj"]:
+            return tree["moe"]["experts"]["down"]
+        case ["mlp", "shared_experts", projection, "weight"]:
+            return tree["moe"]["shared"][projection.removesuffix("_proj")]["weight"]
+        case ["mlp", projection, "weight"]:
+            return tree["mlp"][projection.removesuffix("_proj")]["weight"]
+    raise KeyError(name)
+
+
+def test_the_fixtures_cover_every_option(oracles) -> None:
+    """The oracles would not catch an option that none of them sets."""
+    configs = [oracles(path.values[0]).config for path in oracle_paths()]
+    kinds: dict[str, Any] = {
+        "use_qk_norm": {True, False}, "attention_bias": {True, False}, "norm_topk_prob": {True, False},
+        "tie_word_embeddings": {True, False}, "n_shared_experts": {0, 1, 2}, "partial_rotary_factor": {0.25, 0.5, 1.0},
+        "mtp_own_embed": {True, False}, "mtp_own_head": {True, False}, "num_nextn_predict_layers": {0, 1},
+    }  # fmt: skip
+    for field, values in kinds.items():
+        assert values <= {getattr(config, field) for config in configs}, field
+    assert {c.n_group for c in configs} > {1} and any(1 < c.topk_group < c.n_group for c in configs)
+    assert {0, 1} <= {c.first_k_dense_replace for c in configs} and any(c.num_moe_layers == 0 for c in configs)
+    assert any(c.num_key_value_heads == 1 for c in configs) and any(c.routed_scaling_factor != 1 for c in configs)
+    assert all(c.num_experts_per_tok < c.n_routed_experts for c in configs)
