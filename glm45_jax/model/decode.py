@@ -131,7 +131,7 @@ def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
         return attend(q, keys, values, slots=slots, segment_ids=segments, kv_segment_ids=kv_segments)
 
     def row_by_row(q, k, v, layer, slots, segments, kv_segments):
-        # XLA's CPU matmul wants its operand copied out of the stack: one row at a time keeps the copy small and in cache
+        # XLA's CPU matmul wants its operand copied out of the stack: a row at a time keeps the copy small and cached
         def one(row):
             take = lambda x: jax.lax.dynamic_index_in_dim(x, row)  # noqa: E731
             cached = lambda x: jax.lax.dynamic_slice(x, (layer, row, 0, 0, 0), (1, 1, *x.shape[2:]))[0]  # noqa: E731

@@ -118,8 +118,8 @@ def expert_load(routing: Routing, valid: Array) -> Int[Array, " E"]:
 def balance_loss(routing: Routing, valid: Array) -> Float[Array, ""]:
     """Sum over sequences of E * sum_i f_i P_i: 1 for a sequence whose experts share the load evenly.
 
-    f_i is the share of the sequence's choices that fall on expert i, P_i the mean normalised score. Choices are the top k
-    of the scores without the selection bias, as in Megatron: the loss judges the router, not the correction.
+    f_i is the share of the sequence's choices that fall on expert i, P_i the mean normalised score. Choices are the top
+    k of the scores without the selection bias, as in Megatron: the loss judges the router, not the correction.
     """
     scores = jax.nn.sigmoid(routing.logits)
     experts, top_k = scores.shape[-1], routing.indices.shape[-1]
