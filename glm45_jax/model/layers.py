@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
@@ -37,10 +38,14 @@ def rotary_tables(
     config: ModelConfig, positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S r"], Float[Array, "B S r"]]:
     """Cosines and sines for half of the rotated dimensions (the other half repeats them), from float32 angles."""
-    half = config.rotary_dim // 2
-    inverse = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
-    angles = positions.astype(jnp.float32)[..., None] * inverse
+    angles = positions.astype(jnp.float32)[..., None] * _inverse_frequencies(config.rotary_dim, config.rope_theta)
     return jnp.cos(angles).astype(config.dtype), jnp.sin(angles).astype(config.dtype)
+
+
+def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """theta ** (-2i / dim), rounded as PyTorch rounds it: one bit less here is 1e-3 of an angle at position 100,000."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(max(dim, 1))
+    return np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
 
 
 def rotate(
