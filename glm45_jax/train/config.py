@@ -1,0 +1,238 @@
+"""What a training run is: `TrainConfig`, read from YAML and overridden by `key=value` arguments.
+
+A YAML file has the fields of `TrainConfig`; `model` is a preset with fields replaced, such as
+`{preset: mini, vocab_size: 8192}`. Unknown keys are errors with a hint, values are checked against the fields' types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glm45_jax.config import ModelConfig, get_preset
+from glm45_jax.data import DataConfig
+from glm45_jax.errors import UserError
+from glm45_jax.train.optimizer import OptimizerConfig, make_schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer of a run: a checkpoint's, or one trained on the run's own text."""
+
+    path: str | None = None  # a checkpoint's directory or a tokenizer.json; None: trained on the sources' text
+    split_digits: bool = True  # of a trained one: every digit is a token
+    sample_records: int = 20_000  # of a trained one: at most so many records of each source are read
+    chat_template: str | None = None  # a name or jinja text in place of the tokenizer's own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. Frozen and hashable: `train_step` takes it as a static argument."""
+
+    model: ModelConfig
+    steps: int  # of the optimizer
+    batch_size: int = 8  # sequences per step, all micro-batches together
+    seq_len: int = 512
+    accumulation: int = 1  # micro-batches per step; must divide batch_size
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mtp_loss_weight: float = 0.3  # 0.1 in the last part of the paper's pre-training
+    balance_loss_weight: float = 1e-4  # sequence-level balance loss
+    bias_update_rate: float = 1e-3  # loss-free balance; 0 leaves the selection bias alone
+    seed: int = 0
+
+    data: DataConfig | None = None
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    init_from: str | None = None  # start from the weights of this checkpoint
+
+    output_dir: str | None = (
+        None  # checkpoints, metrics, tokenizer and the final model; an interrupted run goes on here
+    )
+    log_every: int = 10  # steps
+    save_every: int = 200  # steps; the last one is saved in any case
+    keep: int = 3  # checkpoints, the newest
+    eval_data: DataConfig | None = None
+    eval_every: int = 200  # steps
+    eval_batches: int = 8
+    tensorboard: bool = True  # where tensorboardX is installed
+    compilation_cache: str | None = None  # folder where compiled programs are kept, for quick restarts
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"accumulation ({self.accumulation}) does not divide batch_size ({self.batch_size})")
+        if not 2 <= self.seq_len <= self.model.max_position_embeddings:
+            limit = self.model.max_position_embeddings
+            raise UserError(f"seq_len is {self.seq_len}, it must lie in 2..{limit} (max_position_embeddings)")
+        for name in ("mtp_loss_weight", "balance_loss_weight", "bias_update_rate"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is negative")
+        make_schedule(self.optimizer, self.steps)  # tells of a warm-up longer than the run
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file and puts `key=value` overrides over it, nested keys with dots: `optimizer.learning_rate=1e-3`.
+
+    Raises:
+      UserError: no such file, not YAML, an unknown key, or a value that its field cannot take.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run is described by a YAML file such as recipes/mini.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of fields to values, found {type(tree).__name__}")
+    for override in overrides:
+        _put(tree, override)
+    return train_config_from(tree, str(path))
+
+
+def train_config_from(tree: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """A `TrainConfig` from plain nested values, as YAML gives them."""
+    tree = dict(tree)
+    _check_keys(TrainConfig, tree, where)
+    model = tree.pop("model", None)
+    tree["model"] = _model(model, tree.get("init_from"), where)
+    return build(TrainConfig, tree, where)
+
+
+def to_tree(config: Any) -> Any:
+    """Plain nested values of a configuration, for YAML; `train_config_from` reads them back."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_tree(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return [to_tree(value) for value in config] if isinstance(config, tuple) else config
+
+
+def _model(model: Any, init_from: str | None, where: str) -> ModelConfig:
+    """A preset, a checkpoint's config, or all fields, with fields replaced; parameters are float32 unless said."""
+    if isinstance(model, str):
+        model = {"preset": model}
+    if not isinstance(model, Mapping):
+        if init_from is None:
+            raise UserError(f"{where}: 'model' is missing, for example `model: {{preset: mini}}`")
+        model = {}
+    fields = {key: value for key, value in model.items() if key != "preset"}
+    _check_keys(ModelConfig, fields, f"{where}: model", ("preset",))
+    if "preset" in model:
+        base = dataclasses.asdict(get_preset(str(model["preset"])))
+    elif init_from is not None:
+        from glm45_jax.convert.load import open_checkpoint  # reads no weights
+
+        base = dataclasses.asdict(open_checkpoint(init_from)[0])
+    else:
+        base = {}
+    # Steps of a bfloat16 weight are mostly smaller than half its last bit, and would be lost.
+    return build(ModelConfig, {**base, "param_dtype": "float32", **fields}, f"{where}: model")
+
+
+def build(cls: Any, tree: Any, where: str) -> Any:
+    """An instance of the dataclass `cls` from a mapping, with nested ones built and values checked."""
+    if isinstance(tree, cls):
+        return tree
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: expected a mapping of fields to values, found {tree!r}")
+    _check_keys(cls, tree, where)
+    hints = typing.get_type_hints(cls)
+    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in tree.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise UserError(f"{where}: {', '.join(map(repr, missing))} missing")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, where it is one; YAML's `1e-4`, which it reads as a string, is a number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        choices = ", ".join(map(repr, arguments))
+        raise UserError(f"{where} is {value!r}, expected one of {choices}{_hint(value, arguments)}")
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif hint is int and isinstance(value, float) and value == int(value):
+        return int(value)  # steps: 1e4 written with a point
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where} is {value!r}, expected {'true or false' if hint is bool else hint.__name__}")
+
+
+def _check_keys(cls: Any, tree: Mapping[str, Any], where: str, extra: Sequence[str] = ()) -> None:
+    known = [field.name for field in dataclasses.fields(cls)] + list(extra)
+    for key in tree:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{_hint(key, known)}. Known: {', '.join(known)}")
+
+
+def _hint(word: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _put(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is no override: write key=value, as in optimizer.learning_rate=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not readable as YAML: {error}") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for i, name in enumerate(parents):
+        node = _step(node, name, ".".join(parents[: i + 1]), override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _step(node: Any, name: str, path: str, override: str) -> Any:
+    """One level down, made if it is absent; the items of a list go by number."""
+    if isinstance(node, list):
+        return node[_index(node, name, override)]
+    if isinstance(node.get(name), str) and path == "model":
+        node[name] = {"preset": node[name]}  # `model: mini` in the file
+    if node.get(name) is None:
+        node[name] = {}
+    if not isinstance(node[name], (dict, list)):
+        raise UserError(f"{override!r}: {path} is {node[name]!r}, it has no fields")
+    return node[name]
+
+
+def _index(items: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise UserError(f"{override!r}: {name!r} is no number of an item in 0..{len(items) - 1}")
+    return int(name)

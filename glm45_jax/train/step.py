@@ -1,0 +1,137 @@
+"""One step of training as a pure function: gradients over micro-batches, optimizer, loss-free balance of the experts.
+
+Axes: A micro-batches, B batch, S sequence, Lm MoE layers (the MTP layer's behind them), E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from glm45_jax.model import Params, init_params
+from glm45_jax.train.config import TrainConfig
+from glm45_jax.train.loss import Batch, loss_fn, totals_of
+from glm45_jax.train.optimizer import make_optimizer, make_schedule
+
+Metrics = dict[str, Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("params", "opt_state", "step", "skipped", "rng"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; a pytree."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Int[Array, ""]  # batches seen
+    skipped: Int[Array, ""]  # of them, without an update because their gradient was not finite
+    rng: jax.Array  # for losses that draw at random, by fold_in of the step; pre-training draws nothing
+
+
+def init_state(config: TrainConfig, params: Params | None = None) -> TrainState:
+    """The state before the first step, with fresh parameters (by `config.seed`) or the given ones. Pure."""
+    init_key, rng = jax.random.split(jax.random.key(config.seed))
+    params = init_params(config.model, init_key) if params is None else params
+    opt_state = _optimizer(config).init(params)
+    # Two arrays, not one twice: a donated state must not hold a buffer in two places.
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), rng)
+
+
+def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainState, Metrics]:
+    """Gradients of one batch and the update they give. Pure; jit it with `config` static and `state` donated.
+
+    A gradient with an infinite or undefined value changes nothing but `skipped`.
+
+    Args:
+      batch: [B, S] arrays as `loss_fn` takes them, cut into `config.accumulation` micro-batches. All means are over the
+        whole batch, so that the micro-batches change nothing but rounding.
+
+    Returns:
+      The next state, and metrics: `loss`, `cross_entropy`, `mtp_cross_entropy`, `balance_loss`, `grad_norm` (before
+      clipping), `learning_rate`, `tokens` (targets), `expert_load` [Lm (+1), E], `load_max_over_mean` of the worst
+      layer, `skipped`.
+    """
+    gradient, metrics = gradients(state.params, batch, config)
+    norm = optax.global_norm(optax.tree.cast(gradient, jnp.float32))
+    updates, opt_state = _optimizer(config).update(gradient, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    if "expert_load" in metrics and config.bias_update_rate:
+        params = balance_experts(params, metrics["expert_load"], config.bias_update_rate)
+
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    old = state.params, state.opt_state
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), old)
+    rate = make_schedule(config.optimizer, config.steps)(state.step - state.skipped)
+    skipped = state.skipped + ~finite
+    metrics |= {"grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32), "skipped": skipped}
+    return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped), metrics
+
+
+def gradients(params: Params, batch: Batch, config: TrainConfig) -> tuple[Params, Metrics]:
+    """The gradient of the loss over the whole batch, one micro-batch at a time, and the metrics of the batch."""
+    totals = totals_of(batch)
+
+    def micro(micro_batch: Batch) -> tuple[Params, Metrics]:
+        (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            params,
+            config.model,
+            micro_batch,
+            mtp_weight=config.mtp_loss_weight,
+            balance_weight=config.balance_loss_weight,
+            totals=totals,
+        )
+        del metrics["tokens"]  # the total, the same in every micro-batch
+        return gradient, {"loss": loss, **metrics}
+
+    if config.accumulation == 1:
+        gradient, metrics = micro(batch)
+    else:
+        split = {k: x.reshape(config.accumulation, -1, *x.shape[1:]) for k, x in batch.items()}
+
+        def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, micro(micro_batch)), None
+
+        shapes = jax.eval_shape(micro, {k: x[0] for k, x in split.items()})
+        (gradient, metrics), _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), split)
+    metrics["tokens"] = totals.tokens
+    if "expert_load" in metrics:
+        load = metrics["expert_load"]
+        metrics["load_max_over_mean"] = jnp.max(load.max(1) / jnp.maximum(load.mean(1), 1e-9))
+    return gradient, metrics
+
+
+def balance_experts(params: Params, load: Int[Array, "Lm E"], rate: float) -> Params:
+    """Loss-free balance: b_i <- b_i + rate * sign(mean(load) - load_i) for every MoE layer, the MTP layer's included.
+
+    Source: arXiv 2408.15664; GLM-4.5 uses rate 0.001 for the first 15T tokens and 0 after.
+    """
+    step: Float[Array, "Lm E"] = rate * jnp.sign(load.mean(1, keepdims=True) - load)
+    layers = params["moe_layers"]["moe"]["router"]["bias"].shape[0] if "moe_layers" in params else 0
+    if layers:
+        params = _add_at(params, ("moe_layers", "moe", "router", "bias"), step[:layers])
+    if "mtp" in params:
+        params = _add_at(params, ("mtp", "block", "moe", "router", "bias"), step[layers])
+    return params
+
+
+def _add_at(tree: Params, path: tuple[str, ...], value: Array) -> Params:
+    """`tree` with `value` added to the leaf at `path`; the tree given stays as it is."""
+    key, *rest = path
+    return {**tree, key: _add_at(tree[key], tuple(rest), value) if rest else tree[key] + value}
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> Array:
+    # Sums of bfloat16 gradients are kept in float32.
+    return jnp.zeros(like.shape, jnp.float32 if jnp.issubdtype(like.dtype, jnp.floating) else like.dtype)
+
+
+def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.model, config.optimizer, config.steps)
