@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,12 @@ class Oracle:
         return name in self.arrays
 
 
-def oracle_paths(inside: str = "") -> list[Any]:
-    """pytest parameters, one per folder with an oracle (whose arrays' names include `inside`)."""
+def oracle_paths(inside: str = "", slow: Collection[str] = ()) -> list[Any]:
+    """pytest parameters, one per folder with an oracle (with arrays named so); those in `slow` marked slow."""
     found = sorted(FIXTURES.glob("*/oracle.npz")) + sorted(GOLDEN.glob("checkpoints/*/*/oracle.npz"))
     kept = [file.parent for file in found if not inside or any(inside in name for name in np.load(file).files)]
-    return [pytest.param(path, id=oracle_name(path)) for path in kept]
+    marks = {name: [pytest.mark.slow] for name in slow}
+    return [pytest.param(path, id=oracle_name(path), marks=marks.get(oracle_name(path), [])) for path in kept]
 
 
 def oracle_name(path: Path) -> str:

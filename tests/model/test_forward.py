@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import glm45_jax as glm
+from glm45_jax.config import RematPolicy
 from glm45_jax.errors import UserError
+from glm45_jax.model.decoder import rows_of
 from tests.support import quick_jit, random_params, random_tokens, small_config
 
 CONFIG = small_config()
@@ -54,52 +56,68 @@ def test_the_future_is_not_seen(params, tokens) -> None:
     assert all(np.abs(a[:, t] - b[:, t]).max() > 1e-3 for t in range(8, LENGTH)), "the past is not seen either"
 
 
+def run(params, tokens, **given):
+    """Logits with every argument given explicitly, so that all calls share one compilation."""
+    defaults = {"positions": jnp.arange(LENGTH), "segment_ids": 1, "attention_mask": 1}
+    filled = {name: jnp.broadcast_to(value, tokens.shape) for name, value in (defaults | given).items()}
+    return forward(params, config=CONFIG, tokens=tokens, **filled).logits
+
+
 def test_padding_changes_nothing(params, tokens) -> None:
-    alone = forward(params, config=CONFIG, tokens=tokens[:, :7]).logits
-    right = jnp.pad(tokens[:, :7], ((0, 0), (0, 5)), constant_values=3)
-    mask = jnp.pad(jnp.ones((2, 7), jnp.int32), ((0, 0), (0, 5)))
-    close(forward(params, config=CONFIG, tokens=right, attention_mask=mask).logits[:, :7], alone)
-    left, left_mask = jnp.roll(right, 5, axis=1), jnp.roll(mask, 5, axis=1)
-    close(forward(params, config=CONFIG, tokens=left, attention_mask=left_mask).logits[:, 5:], alone)
-    places = jnp.broadcast_to(jnp.clip(jnp.arange(LENGTH) - 5, 0), tokens.shape)
-    given = forward(params, config=CONFIG, tokens=left, positions=places, attention_mask=left_mask)
-    close(given.logits[:, 5:], alone)
+    alone = run(params, tokens)[:, :7]  # the future is not seen, as tested above
+    mask = jnp.broadcast_to(jnp.arange(LENGTH) < 7, tokens.shape).astype(jnp.int32)
+    close(run(params, tokens.at[:, 7:].set(3), attention_mask=mask)[:, :7], alone)
+    left, left_mask = jnp.roll(tokens, 5, axis=1), jnp.roll(mask, 5, axis=1)
+    close(run(params, left, attention_mask=left_mask)[:, 5:], alone)
+    close(run(params, left, attention_mask=left_mask, positions=jnp.clip(jnp.arange(LENGTH) - 5, 0))[:, 5:], alone)
+    assert np.abs(run(params, left)[:, 5:] - alone).max() > 1e-2, "the mask has no effect"
 
 
 def test_a_row_of_padding_alone_is_finite(params, tokens) -> None:
-    mask = jnp.ones_like(tokens).at[1].set(0)
-    out = forward(params, config=CONFIG, tokens=tokens, attention_mask=mask)
-    assert bool(jnp.isfinite(out.logits).all())
-    close(out.logits[0], forward(params, config=CONFIG, tokens=tokens).logits[0])
+    out = run(params, tokens, attention_mask=jnp.array([[1], [0]]))
+    assert bool(jnp.isfinite(out).all())
+    close(out[0], run(params, tokens)[0])
 
 
-def test_packed_segments_equal_separate_sequences(params) -> None:
-    parts = [random_tokens(CONFIG, 1, n, seed=n) for n in (5, 3, 4)]
-    packed = jnp.concatenate(parts, axis=1)
-    segments = jnp.repeat(jnp.array([1, 2, 3]), jnp.array([5, 3, 4]), total_repeat_length=12)[None]
-    out = forward(params, config=CONFIG, tokens=packed, segment_ids=segments).logits
-    alone = [forward(params, config=CONFIG, tokens=part).logits for part in parts]
-    close(out, jnp.concatenate(alone, axis=1))
-    joined = forward(params, config=CONFIG, tokens=packed).logits
-    assert np.abs(joined[:, 5:] - out[:, 5:]).max() > 1e-2, "segments have no effect"
+def test_packed_segments_equal_separate_sequences(params, tokens) -> None:
+    cuts = [(0, 5), (5, 8), (8, 12)]
+    segments = jnp.array([1] * 5 + [2] * 3 + [3] * 4)
+    packed = run(params, tokens, segment_ids=segments)
+    for start, stop in cuts:
+        alone = run(params, jnp.roll(tokens, -start, axis=1))[:, : stop - start]
+        close(packed[:, start:stop], alone)
+    assert np.abs(run(params, tokens)[:, 5:] - packed[:, 5:]).max() > 1e-2, "segments have no effect"
 
 
 def test_segments_and_mask_together(params, tokens) -> None:
     """Padding inside a packed row is no one's context."""
-    segments = jnp.array([[1] * 6 + [2] * 6] * 2)
     mask = jnp.ones_like(tokens).at[:, 4:6].set(0)
-    out = forward(params, config=CONFIG, tokens=tokens, segment_ids=segments, attention_mask=mask).logits
-    close(out[:, :4], forward(params, config=CONFIG, tokens=tokens[:, :4]).logits)
-    close(out[:, 6:], forward(params, config=CONFIG, tokens=tokens[:, 6:]).logits)
+    out = run(params, tokens, segment_ids=jnp.array([1] * 6 + [2] * 6), attention_mask=mask)
+    close(out[:, :4], run(params, tokens)[:, :4])
+    close(out[:, 6:], run(params, jnp.roll(tokens, -6, axis=1))[:, :6])
+    split = jnp.ones_like(tokens).at[:, 4:6].set(0)  # without segments the later tokens see the first
+    assert np.abs(run(params, tokens, attention_mask=split)[:, 6:] - out[:, 6:]).max() > 1e-2
 
 
 def test_positions_are_relative_and_matter(params, tokens) -> None:
-    place = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
-    base = forward(params, config=CONFIG, tokens=tokens).logits
-    close(forward(params, config=CONFIG, tokens=tokens, positions=place).logits, base)
-    close(forward(params, config=CONFIG, tokens=tokens, positions=place + 50).logits, base, atol=1e-4)
-    stretched = forward(params, config=CONFIG, tokens=tokens, positions=3 * place).logits
+    base = run(params, tokens)
+    close(forward(params, config=CONFIG, tokens=tokens).logits, base)
+    close(run(params, tokens, positions=jnp.arange(LENGTH) + 50), base, atol=1e-4)
+    stretched = run(params, tokens, positions=3 * jnp.arange(LENGTH))
     assert np.abs(stretched[:, 1:] - base[:, 1:]).max() > 1e-2
+
+
+def test_defaults_of_the_rows() -> None:
+    """Positions count from the row's start, and restart with each segment where segments are given; padding is 0."""
+    tokens = jnp.zeros((1, 6), jnp.int32)
+    segments, mask = jnp.array([[1, 1, 2, 2, 2, 0]]), jnp.array([[0, 1, 1, 1, 0, 1]])
+    plain, packed, padded = rows_of(tokens), rows_of(tokens, None, segments), rows_of(tokens, None, None, mask)
+    np.testing.assert_array_equal(plain.positions, [[0, 1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(packed.positions, [[0, 1, 0, 1, 2, 0]])
+    np.testing.assert_array_equal(padded.positions, plain.positions)
+    assert len(set(np.asarray(plain.segment_ids)[0])) == 1 and (np.asarray(plain.segment_ids) > 0).all()
+    np.testing.assert_array_equal(packed.segment_ids, segments)
+    np.testing.assert_array_equal(np.asarray(padded.segment_ids) == 0, np.asarray(mask) == 0)
 
 
 @pytest.mark.parametrize("name", ["positions", "segment_ids", "attention_mask"])
@@ -165,7 +183,7 @@ def test_gradients_are_the_slopes(params, tokens) -> None:
     assert float(slope) == pytest.approx(float(sum(jax.tree.leaves(products))), rel=0.02)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "save_block_outputs"])
+@pytest.mark.parametrize("policy", [policy for policy in get_args(RematPolicy) if policy != "none"])
 def test_remat_changes_no_gradient(policy: str, params, tokens) -> None:
     plain, again = gradient(params, CONFIG, tokens), gradient(params, CONFIG.replace(remat=policy), tokens)
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), plain, again)
@@ -214,12 +232,11 @@ def test_mtp_takes_the_hidden_states_at_hand(tokens) -> None:
 
 def test_mtp_respects_padding(tokens) -> None:
     params = random_params(MTP)
-    mask = jnp.ones_like(tokens).at[:, 7:].set(0)
-    out = mtp_forward(params, MTP, tokens, attention_mask=mask).logits
-    close(out[:, :6], mtp_forward(params, MTP, tokens[:, :7]).logits)
-    left = jnp.roll(tokens, LENGTH - 7, axis=1)
-    out = mtp_forward(params, MTP, left, attention_mask=jnp.roll(mask, LENGTH - 7, axis=1)).logits
-    close(out[:, LENGTH - 7 :], mtp_forward(params, MTP, tokens[:, :7]).logits)
+    alone = mtp_forward(params, MTP, tokens).logits[:, :6]  # of the first 7 tokens
+    mask = jnp.broadcast_to(jnp.arange(LENGTH) < 7, tokens.shape).astype(jnp.int32)
+    close(mtp_forward(params, MTP, tokens.at[:, 7:].set(3), attention_mask=mask).logits[:, :6], alone)
+    left = mtp_forward(params, MTP, jnp.roll(tokens, 5, axis=1), attention_mask=jnp.roll(mask, 5, axis=1))
+    close(left.logits[:, 5:], alone)
 
 
 def test_a_model_without_mtp_says_so(params, tokens) -> None:
