@@ -52,8 +52,13 @@ def merge_outer(config: ModelConfig, params: Params) -> Any:
 
 @functools.cache
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `jax.ShapeDtypeStruct`, without computing anything. Shared: don't change it in place."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    """The tree of `jax.ShapeDtypeStruct`. Computes nothing, looks for no device. Shared: don't change it in place."""
+
+    def shapes(kind: str, lead: tuple[int, ...]) -> Params:
+        _, state = _split(config, kind)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+
+    return shapes("outer", ()) | {kind: shapes(kind, (count,)) for kind, count in stacked_kinds(config).items()}
 
 
 def param_axes(config: ModelConfig) -> Params:

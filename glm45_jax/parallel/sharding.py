@@ -1,0 +1,103 @@
+"""Sharding is data: logical axis names of the parameters, one table of rules to mesh axes, and checks.
+
+Mesh axes that the rules speak of: `fsdp` (parameters divided, gathered where used), `tensor` (heads, widths,
+vocabulary) and `expert`. A mesh may lack any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from glm45_jax.config import ModelConfig
+from glm45_jax.errors import UserError
+from glm45_jax.model.params import abstract_params, param_axes
+
+MeshAxes = str | tuple[str, ...] | None
+
+# logical axis of a parameter -> mesh axis or axes; None: every device holds all of it
+RULES: dict[str, MeshAxes] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
+}
+
+
+def make_mesh(devices: Sequence[Any] | None = None, **axis_sizes: int) -> Mesh:
+    """A mesh of Auto axes in the order given; one size may be -1: what remains.
+
+    >>> make_mesh(fsdp=2, tensor=-1)
+
+    Raises:
+      UserError: the sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, known = dict(axis_sizes), math.prod(size for size in axis_sizes.values() if size != -1)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) == 1 and known > 0:
+        sizes[open_axes[0]] = len(devices) // known
+    if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
+        raise UserError(f"a mesh of {axis_sizes} does not divide {len(devices)} devices")
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None) -> dict[str, Any]:
+    """The params tree of `NamedSharding`s.
+
+    Args:
+      rules: changes to `RULES`, such as `{"kv_heads": None}`.
+
+    Raises:
+      UserError: one list of every parameter that two rules would divide over the same mesh axis, or that its mesh axes
+        don't divide evenly; a rule for a logical axis that does not exist.
+    """
+    table = RULES | dict(rules or {})
+    unknown = sorted(table.keys() - RULES.keys())
+    if unknown:
+        raise UserError(f"rules for unknown logical axes {unknown}; there are {sorted(RULES)}")
+    problems: list[str] = []
+    # A head is never cut: these axes are divided by heads, not by rows.
+    units = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+
+    def sharding(path: Any, leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> NamedSharding:
+        spec, used = [], {}
+        for axis, size in zip(axes, leaf.shape):
+            names = _mesh_axes(table.get(axis) if axis else None, mesh)
+            for name in names:
+                if name in used:
+                    problems.append(f"{_dotted(path)}: {used[name]!r} and {axis!r} both go to mesh axis {name!r}")
+                used[name] = axis
+            count = units.get(axis or "", int(size or 0))
+            parts = math.prod(mesh.shape[name] for name in names)
+            if count % parts:
+                problems.append(f"{_dotted(path)}: {axis} is {count}, not divisible by mesh axes {names} of {parts}")
+            spec.append(names if len(names) > 1 else names[0] if names else None)
+        return NamedSharding(mesh, PartitionSpec() if problems else PartitionSpec(*spec))
+
+    tree = jax.tree_util.tree_map_with_path(sharding, abstract_params(config), param_axes(config))
+    if problems:
+        raise UserError(
+            f"params cannot be sharded over mesh {dict(mesh.shape)}; choose other sizes, or pass rules such as "
+            "{'kv_heads': None}:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+    return tree
+
+
+def _mesh_axes(rule: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes of a rule that this mesh has."""
+    wanted = (rule,) if isinstance(rule, str) else rule or ()
+    return tuple(name for name in wanted if name in mesh.shape)
+
+
+def _dotted(path: Any) -> str:
+    return ".".join(str(key.key) for key in path)
