@@ -1,0 +1,16 @@
+"""Decoding: sampling, batches of prompts to answers, text streamed as it comes."""
+
+from glm45_jax.infer.generate import Generation, generate, generate_detailed, stream
+from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCounts, sample, sampling_params
+
+__all__ = [
+    "Generation",
+    "SamplingOptions",
+    "SamplingParams",
+    "TokenCounts",
+    "generate",
+    "generate_detailed",
+    "sample",
+    "sampling_params",
+    "stream",
+]
