@@ -6,6 +6,7 @@ Axes: M rows, K contracted, N output columns, E groups (experts), L layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,10 +59,15 @@ def grouped_matmul(
     return _grouped_matmul(lhs, rhs, group_sizes, jnp.int32(layer), transpose_rhs, dtype, implementation)
 
 
+def _each(implementations: Mapping[str, Callable[..., Any]], implementation: Implementation) -> Callable[..., Any]:
+    """The op, one example after another under `vmap`: the groups of each are its own, and so is the work."""
+    return jax.custom_batching.sequential_vmap(lambda *args: dispatch(implementations, implementation, *args))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation):
     forward = {k: functools.partial(f, transpose_rhs=transpose_rhs, dtype=dtype) for k, f in _FORWARD.items()}
-    return dispatch(forward, implementation, lhs, rhs, group_sizes, layer)
+    return _each(forward, implementation)(lhs, rhs, group_sizes, layer)
 
 
 def _fwd(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation):
@@ -73,7 +79,7 @@ def _bwd(transpose_rhs, dtype, implementation, residuals, dout):
     lhs, rhs, group_sizes, layer = residuals
     dlhs = _grouped_matmul(dout, rhs, group_sizes, layer, not transpose_rhs, lhs.dtype, implementation)
     gradient = {k: functools.partial(f, transpose_rhs=transpose_rhs, dtype=rhs.dtype) for k, f in _RHS_GRADIENT.items()}
-    drhs = dispatch(gradient, implementation, lhs, dout, group_sizes)
+    drhs = _each(gradient, implementation)(lhs, dout, group_sizes)
     drhs = drhs[None] if rhs.shape[0] == 1 else jnp.zeros_like(rhs).at[layer].set(drhs)
     no_gradient = lambda x: np.zeros(x.shape, jax.dtypes.float0)  # noqa: E731
     return dlhs, drhs, no_gradient(group_sizes), no_gradient(layer)
