@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
@@ -20,6 +21,8 @@ from glm45_jax.model.attention import attend_causal, output, project
 from glm45_jax.model.layers import linear, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import Routing, moe
 from glm45_jax.model.params import Params, merge, merge_outer, stacked_kinds
+
+_BLOCK_OUTPUT = "block_output"  # what attention, MLP and experts add to the residual stream, to remat policies
 
 
 class ForwardOutput(NamedTuple):
@@ -135,14 +138,14 @@ def block(
     """One decoder layer: h + attention(norm h), then + MLP or experts(norm of that)."""
     a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
     q, k, v = project(a, module.attention, config, rotary)
-    h = h + output(attend_causal(q, k, v, rows.segment_ids), module.attention)
+    h = h + checkpoint_name(output(attend_causal(q, k, v, rows.segment_ids), module.attention), _BLOCK_OUTPUT)
     b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
     if hasattr(module, "mlp"):
-        return h + swiglu(b, module.mlp), None
+        return h + checkpoint_name(swiglu(b, module.mlp), _BLOCK_OUTPUT), None
     batch, length, dim = b.shape
     y, routing = moe(b.reshape(-1, dim), module.moe, config)
     routing = Routing(*(x.reshape(batch, length, -1) for x in routing))
-    return h + y.reshape(b.shape), routing
+    return h + checkpoint_name(y.reshape(b.shape), _BLOCK_OUTPUT), routing
 
 
 def remat(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
@@ -150,6 +153,7 @@ def remat(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
     policies: dict[str, Any] = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "save_block_outputs": jax.checkpoint_policies.save_only_these_names(_BLOCK_OUTPUT),
     }
     if config.remat == "none":
         return body

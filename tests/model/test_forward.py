@@ -189,6 +189,19 @@ def test_remat_changes_no_gradient(policy: str, params, tokens) -> None:
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), plain, again)
 
 
+def test_remat_policies_recompute_more_and_more() -> None:
+    def products(policy: str) -> int:
+        """Matrix products in the program of the gradient."""
+        config = CONFIG.replace(remat=policy)
+        loss = lambda p, t: glm.forward(p, config, t).logits.sum()  # noqa: E731
+        program = jax.make_jaxpr(jax.grad(loss))(glm.abstract_params(config), jnp.zeros((1, 8), jnp.int32))
+        return str(program).count("dot_general")
+
+    counts = {policy: products(policy) for policy in get_args(RematPolicy)}
+    assert counts["none"] <= counts["dots"] < counts["full"]
+    assert counts["none"] < counts["save_block_outputs"] < counts["full"]
+
+
 def test_the_program_does_not_grow_with_depth() -> None:
     def size(layers: int) -> int:
         config = small_config(num_hidden_layers=layers)
