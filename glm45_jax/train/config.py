@@ -28,7 +28,7 @@ class TokenizerConfig:
 
     path: str | None = None  # a checkpoint's directory or a tokenizer.json; None: trained on the sources' text
     split_digits: bool = True  # of a trained one: every digit is a token
-    sample_records: int = 20_000  # of a trained one: at most so many records of each source are read
+    sample_bytes: int = 20_000_000  # of a trained one: at most so much of each source is read
     chat_template: str | None = None  # a name or jinja text in place of the tokenizer's own
 
 

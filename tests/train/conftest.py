@@ -1,0 +1,58 @@
+"""A small model, data for it, and a quickly compiled step that all runs of these tests share."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from glm45_jax.config import get_preset
+from glm45_jax.data import DataConfig, SourceConfig
+from glm45_jax.train import OptimizerConfig, TrainConfig, init_state, train_step
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than the few steps of a test
+
+
+@pytest.fixture(scope="session")
+def quick_programs():
+    step = jax.jit(train_step, static_argnames="config", donate_argnums=0, compiler_options=QUICK)
+    return step, jax.jit(init_state, static_argnames="config", compiler_options=QUICK)
+
+
+@pytest.fixture
+def quick(quick_programs, monkeypatch):
+    monkeypatch.setattr("glm45_jax.train.loop._step", quick_programs[0])
+    monkeypatch.setattr("glm45_jax.train.loop._first_state", quick_programs[1])
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Token documents; a model's loss on them is not that of a constant."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("corpus") / "tokens.jsonl"
+    documents = [np.cumsum(rng.integers(1, 4, rng.integers(5, 60))) % 300 for _ in range(80)]
+    path.write_text("".join(json.dumps({"tokens": d.tolist()}) + "\n" for d in documents))
+    return path
+
+
+@pytest.fixture
+def run_config(corpus, tmp_path):
+    """A run of twelve steps with the MTP layer, checkpoints every four, in a folder of this test."""
+    model = get_preset(
+        "tiny", hidden_size=32, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, n_routed_experts=4
+    )
+    return TrainConfig(
+        model=model,
+        steps=12,
+        batch_size=2,
+        seq_len=32,
+        optimizer=OptimizerConfig(learning_rate=0.01, min_learning_rate=0.001, warmup_steps=2),
+        data=DataConfig(sources=(SourceConfig(path=(str(corpus),)),)),
+        output_dir=str(tmp_path / "run"),
+        log_every=1,
+        save_every=4,
+        keep=2,
+        tensorboard=False,
+    )
