@@ -182,7 +182,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    elif hint is int and isinstance(value, float) and value == int(value):
+    elif hint is int and isinstance(value, float) and value.is_integer():
         return int(value)  # steps: 1e4 written with a point
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

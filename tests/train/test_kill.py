@@ -1,4 +1,4 @@
-"""`glm45 train` killed at any moment, in the middle of a save too, and started again: the same parameters, every bit."""
+"""`glm45 train` killed at any moment, even in the middle of a save, and started again: the same parameters exactly."""
 
 import json
 import os
