@@ -179,7 +179,7 @@ class Lost(set[str]):
         self.everything = everything  # a broken file without an index: no telling what it held
 
     def __contains__(self, name: object) -> bool:
-        return self.everything or super().__contains__(name)
+        return name is not None and (self.everything or super().__contains__(name))
 
 
 def _tensors(directory: Path, only: str | None, problems: list[str]) -> tuple[dict[str, Tensor], Lost]:
@@ -300,7 +300,7 @@ def _check(
     problems: list[str],
 ) -> None:
     """Missing, unexpected and wrongly shaped tensors, each kind in the order of its names."""
-    missing, unexpected, wrong = [], [], []
+    missing, wrong = [], []
     expected = {name: slot.shape for name, slot in slots.items()}
     scales = set()
     for name, shape in list(expected.items()):
@@ -320,11 +320,20 @@ def _check(
         allowed = ("F32", "BF16", "F16") + (("F8_E4M3",) if codes else ())
         if tensor.dtype not in allowed:
             wrong.append(f"{name}: dtype {tensor.dtype}, expected one of {', '.join(allowed)}")
-    unexpected = [f"unexpected tensor {name} in {t.file}" for name, t in tensors.items() if name not in expected]
+    unexpected = [
+        f"unexpected tensor {name} in {tensor.file}"
+        for name, tensor in tensors.items()
+        if name not in expected and not any(_stem(name, suffix) in lost for suffix in names.SCALE_SUFFIXES.values())
+    ]
     for kind in (missing, sorted(unexpected), wrong):
         problems += kind[:_MOST_LISTED]
         if len(kind) > _MOST_LISTED:
             problems.append(f"… and {len(kind) - _MOST_LISTED:,} more such")
+
+
+def _stem(name: str, suffix: str) -> str | None:
+    """The matrix that `name` would be the scale of."""
+    return name.removesuffix(suffix) if name.endswith(suffix) else None
 
 
 # --- the arrays they make ------------------------------------------------------------------------------------------

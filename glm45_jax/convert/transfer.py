@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import numpy as np
 import xxhash
@@ -75,6 +75,8 @@ class WorkDir:
         self.root = self.directory / "target"
         self._log_path = self.directory / "done.jsonl"
         self._purpose = purpose
+        self._log: TextIO | None = None
+        self._lock: int | None = None
         self.digests: dict[str, str] = {}
 
     def open(self) -> None:
@@ -84,6 +86,7 @@ class WorkDir:
         if not lines or lines[0] != json.dumps({"purpose": self._purpose}):
             files.remove(self.root)
             files.write_bytes(self._log_path, (json.dumps({"purpose": self._purpose}) + "\n").encode())
+            lines = []
         for line in lines[1:]:
             with contextlib.suppress(ValueError, TypeError):  # the last line may be torn
                 key, digest = json.loads(line)
@@ -92,7 +95,12 @@ class WorkDir:
         self._log = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115
         self._log.write("\n")  # ends a torn line
 
+    @property
+    def is_open(self) -> bool:
+        return self._log is not None
+
     def record(self, digests: dict[str, str]) -> None:
+        assert self._log
         self.digests |= digests
         self._log.writelines(json.dumps([key, digest]) + "\n" for key, digest in digests.items())
         self._log.flush()
@@ -109,9 +117,13 @@ class WorkDir:
         self.discard()
 
     def discard(self) -> None:
-        self._log.close()
         files.remove(self.directory)
-        os.close(self._lock)
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def _lock(path: Path) -> int:
@@ -151,18 +163,16 @@ def working(work: WorkDir, overwrite: bool) -> Iterator[None]:
         yield
         work.finish(overwrite)
     except UserError:
-        _discard(work)
+        if work.is_open:
+            work.discard()
         raise
     except (OSError, ValueError) as e:
         if not _disk_full(e):
             raise
-        _discard(work)
-        raise UserError(f"{work.target}: the disk is full; nothing was left there") from e
-
-
-def _discard(work: WorkDir) -> None:
-    if hasattr(work, "_log"):
         work.discard()
+        raise UserError(f"{work.target}: the disk is full; nothing was left there") from e
+    finally:
+        work.close()
 
 
 def _disk_full(e: Exception) -> bool:
