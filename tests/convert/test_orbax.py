@@ -97,7 +97,8 @@ config, plain = convert.load_checkpoint(sys.argv[1])
 shardings = parallel.param_shardings(config, parallel.make_mesh(fsdp=2, tensor=2, expert=2))
 tree = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract_params(config), shardings)
 tree = jax.tree.map(lambda t, a: jax.ShapeDtypeStruct(t.shape, a.dtype, sharding=t.sharding), tree, plain)
-for restored in (v1.load(sys.argv[1] + "/params", tree), ocp.StandardCheckpointer().restore(sys.argv[1] + "/params", tree)):
+path = sys.argv[1] + "/params"
+for restored in (v1.load(path, tree), ocp.StandardCheckpointer().restore(path, tree)):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b, s: a.sharding == s and bool((a == jax.device_put(b, s)).all()),
                                             restored, plain, shardings)))
 print("same")
