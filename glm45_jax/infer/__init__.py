@@ -1,12 +1,13 @@
 """Decoding: sampling, batches of prompts to answers, text streamed as it comes."""
 
-from glm45_jax.infer.generate import Generation, generate, generate_detailed, stream
+from glm45_jax.infer.generate import Generation, TextStream, generate, generate_detailed, stream
 from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCounts, sample, sampling_params
 
 __all__ = [
     "Generation",
     "SamplingOptions",
     "SamplingParams",
+    "TextStream",
     "TokenCounts",
     "generate",
     "generate_detailed",

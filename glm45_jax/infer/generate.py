@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack
 
 import jax
@@ -97,17 +97,41 @@ def generate_detailed(
     if stops and tokenizer is None:
         raise UserError("stop_strings are looked for in text: pass the tokenizer too")
     batch = _prepare(config, prompts, max_new_tokens, stop_ids, tokenizer, options)
-    if not batch.prompts or max_new_tokens == 0:
-        return [Generation(prompt, [], [], "length", "" if tokenizer else None) for prompt in batch.prompts]
-    texts = [StoppableText(tokenizer, stops) for _ in batch.prompts] if tokenizer else None
+    texts = [StoppableText(tokenizer, stops) for _ in batch.prompts] if tokenizer else []
     read = [0] * len(batch.prompts)
     run = _Run(params, config, batch)
     for answers, done in run.chunks(_CHECK_EVERY if stops else max_new_tokens):
-        for row, answer in enumerate(answers if texts else []):
-            read[row] = _read_text(texts[row], answer, read[row], batch, done[row])  # pyright: ignore
-            if texts[row].stopped:  # pyright: ignore
+        for row, text in enumerate(texts):
+            read[row] = _read_text(text, answers[row], read[row], batch, done[row])
+            if text.stopped:
                 run.halt(row, read[row])
-    return run.results([text.text for text in texts] if texts else None)
+    return run.results([text.text for text in texts] if tokenizer else None)
+
+
+class TextStream(Iterator[str]):
+    """Pieces of an answer's text, made as they are asked for.
+
+    Attributes:
+      result: the whole `Generation`, once the pieces have ended; None before.
+    """
+
+    def __init__(self, run: _Run, text: StoppableText):
+        self.result: Generation | None = None
+        self._pieces = self._generate(run, text)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _generate(self, run: _Run, text: StoppableText) -> Iterator[str]:
+        read = 0
+        for (answer,), (done,) in run.chunks(None):
+            before = len(text.text)
+            read = _read_text(text, answer, read, run.batch, done)
+            if text.stopped:
+                run.halt(0, read)
+            if piece := text.text[before:]:
+                yield piece
+        (self.result,) = run.results([text.text])
 
 
 def stream(
@@ -120,24 +144,13 @@ def stream(
     stop_ids: int | Sequence[int] | None = None,
     stop_strings: str | Sequence[str] | None = None,
     **options: Unpack[SamplingOptions],
-) -> Generator[str, None, Generation]:
-    """Yields the answer to one prompt in pieces of text, never half a character nor any of a stop string.
+) -> TextStream:
+    """The answer to one prompt in pieces of text, never half a character nor any of a stop string.
 
-    The pieces joined are the `text` of the `Generation` that the generator returns (`result = yield from stream(...)`).
+    The arguments are those of `generate`. The pieces joined are the `text` of `generate_detailed`.
     """
     batch = _prepare(config, [prompt], max_new_tokens, stop_ids, tokenizer, options)
-    text, read = StoppableText(tokenizer, check_stop_strings(stop_strings)), 0
-    if max_new_tokens == 0:
-        return Generation(batch.prompts[0], [], [], "length", "")
-    run = _Run(params, config, batch)
-    for (answer,), (done,) in run.chunks(None):
-        before = len(text.text)
-        read = _read_text(text, answer, read, batch, done)
-        if piece := text.text[before:]:
-            yield piece
-        if text.stopped:
-            run.halt(0, read)
-    return run.results([text.text])[0]
+    return TextStream(_Run(params, config, batch), StoppableText(tokenizer, check_stop_strings(stop_strings)))
 
 
 def _read_text(text: StoppableText, answer: list[int], read: int, batch: _Batch, done: bool) -> int:
@@ -191,13 +204,13 @@ def _prepare(
     for i, prompt in enumerate(rows):
         tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
         limits[i] = min(max_new_tokens, config.max_position_embeddings - len(prompt))
-    controls = Controls(
-        sampling=sampling_params(len(rows), config.vocab_size, count, options),
-        lengths=lengths,  # pyright: ignore[reportArgumentType]
-        limits=limits,  # pyright: ignore[reportArgumentType]
-        stop_ids=np.array(stops + [-1] * (-len(stops) % 8), np.int32),  # pyright: ignore[reportArgumentType]
-        vocab_size=np.int32(_real_vocab_size(config, tokenizer)),  # pyright: ignore[reportArgumentType]
-    )
+    arrays: dict[str, Any] = {
+        "lengths": lengths,
+        "limits": limits,
+        "stop_ids": np.array(stops + [-1] * (-len(stops) % 8), np.int32),
+        "vocab_size": np.int32(_real_vocab_size(config, tokenizer)),
+    }
+    controls = Controls(sampling=sampling_params(len(rows), config.vocab_size, count, options), **arrays)
     return _Batch(rows, frozenset(stops), tokens, controls, round_up(max(slots, int((lengths + limits).max()))))
 
 
@@ -244,9 +257,11 @@ class _Run:
     """One batch on its way: steps the compiled programs and keeps what the host knows of the answers."""
 
     def __init__(self, params: Params, config: ModelConfig, batch: _Batch):
-        self._params, self._config, self._batch = params, config, batch
+        self._params, self._config, self.batch = params, config, batch
         self._halted = np.zeros(len(batch.tokens), bool)
         self._halted_at: dict[int, int] = {}
+        self._answers: list[list[int]] = [[] for _ in batch.prompts]
+        self._logprobs = np.zeros((len(batch.prompts), 0))
 
     def halt(self, row: int, length: int) -> None:
         """Ends a row after `length` tokens."""
@@ -255,7 +270,9 @@ class _Run:
 
     def chunks(self, size: int | None) -> Iterator[tuple[list[list[int]], list[bool]]]:
         """Yields all answers so far, and whether each has ended: after every `size` tokens, or about every 0.1 s."""
-        batch = self._batch
+        batch = self.batch
+        if batch.limit == 0:
+            return
         penalties = batch.controls.sampling.uses_penalties
         state = start(
             self._params, self._config, batch.tokens, batch.controls, capacity=batch.capacity, penalties=penalties
@@ -278,11 +295,11 @@ class _Run:
         # np.array copies: a view would keep the buffer from being reused by the next step
         answer, count, self._done = np.array(state.answer), np.array(state.count), np.array(state.done)
         self._logprobs = np.array(state.logprobs)
-        self._answers = [answer[row, : count[row]].tolist() for row in range(len(self._batch.prompts))]
+        self._answers = [answer[row, : count[row]].tolist() for row in range(len(self.batch.prompts))]
 
     def results(self, texts: list[str] | None) -> list[Generation]:
         out = []
-        for row, prompt in enumerate(self._batch.prompts):
+        for row, prompt in enumerate(self.batch.prompts):
             answer = self._answers[row][: self._halted_at.get(row)]
             logprobs = self._logprobs[row, : len(answer)].tolist()
             if any(map(math.isnan, logprobs)):
@@ -290,7 +307,7 @@ class _Run:
                     f"prompts[{row}]: the model's logits are not numbers from token {len(prompt)} on; "
                     "the checkpoint is damaged, or the dtype it is computed in too narrow"
                 )
-            stopped = row in self._halted_at or (bool(answer) and answer[-1] in self._batch.stop_ids)
+            stopped = row in self._halted_at or (bool(answer) and answer[-1] in self.batch.stop_ids)
             text = texts[row] if texts is not None else None
             out.append(Generation(prompt, answer, logprobs, "stop" if stopped else "length", text))
         return out

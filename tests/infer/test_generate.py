@@ -21,12 +21,14 @@ from tests.infer.conftest import generate_module
 from tests.support import quick_jit, random_params, small_config
 
 CONFIG = small_config(num_hidden_layers=2, eos_token_id=(94, 95))
+# most tests choose these numbers of prompts and tokens, to share two compiled programs of 4 rows and 32 slots
+NEW = 12
 PROMPTS = [[5, 17, 80, 3], [61], [9, 2, 44, 44, 7, 31, 8, 90, 12, 13, 14]]
 PENALTIES: dict[str, Any] = {
     "repetition_penalty": [1.5, 1.0, 0.7],
     "presence_penalty": [0.0, 0.8, -0.5],
     "frequency_penalty": [0.5, 0.0, 0.4],
-    "logit_bias": [None, {3: 2.5, 4: -math.inf}, {50: 1.0}],
+    "logit_bias": [{7: -3.0}, {3: 2.5, 4: -math.inf}, {50: 1.0}],
 }
 
 
@@ -78,39 +80,40 @@ def row_options(options: dict[str, Any], row: int) -> dict[str, Any]:
     ids=["greedy", "penalties", "sampled"],
 )
 def test_a_ragged_batch_equals_a_plain_loop_over_forward(options, params) -> None:
-    out = glm.generate(params, CONFIG, PROMPTS, max_new_tokens=12, stop_ids=[], **options)
-    expected = [plain_loop(params, prompt, 12, row_options(options, i)) for i, prompt in enumerate(PROMPTS)]
+    out = glm.generate(params, CONFIG, PROMPTS, NEW, stop_ids=[], **options)
+    expected = [plain_loop(params, prompt, NEW, row_options(options, i)) for i, prompt in enumerate(PROMPTS)]
     assert out == expected
     if options:
-        assert out != glm.generate(params, CONFIG, PROMPTS, max_new_tokens=12, stop_ids=[])
+        assert out != glm.generate(params, CONFIG, PROMPTS, NEW, stop_ids=[])
 
 
 def test_a_batch_equals_its_rows_one_by_one(params) -> None:
     options = PENALTIES | {"temperature": [0.0, 1.0, 1.3], "min_p": 0.01, "seed": [1, 2, 3]}
-    together = generate_detailed(params, CONFIG, PROMPTS, 10, **options)
+    together = generate_detailed(params, CONFIG, PROMPTS, NEW, **options)
     for i, prompt in enumerate(PROMPTS):
-        (alone,) = generate_detailed(params, CONFIG, [prompt], 10, **row_options(options, i))
-        assert alone.tokens == together[i].tokens
-        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-5)
+        (alone,) = generate_detailed(params, CONFIG, [[*prompt]], 31 - len(prompt), **row_options(options, i))
+        assert alone.answer[:NEW] == together[i].answer
+        np.testing.assert_allclose(alone.logprobs[:NEW], together[i].logprobs, atol=1e-5)
 
 
 def test_logprobs_are_those_of_forward(params) -> None:
-    for g in generate_detailed(params, CONFIG, PROMPTS, 8, temperature=1.5, top_k=20, seed=3):
+    for g in generate_detailed(params, CONFIG, PROMPTS, NEW, temperature=1.5, top_k=20, seed=3):
         assert len(g.logprobs) == len(g.answer) and g.tokens == g.prompt + g.answer
         for i, (token, logprob) in enumerate(zip(g.answer, g.logprobs)):
             logits = logits_after(params, g.prompt + g.answer[:i])
-            assert logprob == pytest.approx(float(jax.nn.log_softmax(logits)[token]), abs=2e-5)
+            assert logprob == pytest.approx(logits[token] - np.log(np.exp(logits).sum()), abs=2e-5)
 
 
 def test_decoding_that_begins_later_goes_on_the_same(params) -> None:
     """A draw depends on the token's position in its sequence, not on how long decoding has run."""
-    (whole,) = glm.generate(params, CONFIG, [PROMPTS[0]], 12, temperature=1.0, seed=8, stop_ids=[])
-    (rest,) = glm.generate(params, CONFIG, [whole[:9]], 7, temperature=1.0, seed=8, stop_ids=[])
-    assert rest == whole
+    options: dict[str, Any] = {"temperature": 1.0, "seed": [8, 9, 7], "stop_ids": []}
+    whole = glm.generate(params, CONFIG, PROMPTS, NEW, **options)
+    cut = [row[: len(prompt) + 5] for row, prompt in zip(whole, PROMPTS)]
+    assert glm.generate(params, CONFIG, cut, NEW - 5, **options) == whole
 
 
 def test_seeds(params) -> None:
-    run = functools.partial(glm.generate, params, CONFIG, [PROMPTS[0]] * 4, 10, temperature=1.2, stop_ids=[])
+    run = functools.partial(glm.generate, params, CONFIG, [PROMPTS[2]] * 4, NEW, temperature=1.2, stop_ids=[])
     answers = run(seed=5)
     assert answers == run(seed=[5, 6, 7, 8])
     assert len({tuple(row) for row in answers}) == 4
@@ -119,49 +122,56 @@ def test_seeds(params) -> None:
 
 def test_padded_vocabulary_rows_are_never_chosen(params) -> None:
     config = CONFIG.replace(real_vocab_size=30)
-    prompts = [[prompt[0] % 30] for prompt in PROMPTS]
-    out = glm.generate(params, config, prompts, 20, temperature=[0.0, 3.0, 9.0], stop_ids=[])
+    prompts = [[token % 30 for token in prompt] for prompt in PROMPTS]
+    out = glm.generate(params, config, prompts, NEW, temperature=[0.0, 3.0, 9.0], stop_ids=[])
     assert max(map(max, out)) < 30
-    unmasked = glm.generate(params, CONFIG, prompts, 20, temperature=[0.0, 3.0, 9.0], stop_ids=[])
-    assert all(max(row) >= 30 for row in unmasked)
+    unmasked = glm.generate(params, CONFIG, prompts, NEW, temperature=[0.0, 3.0, 9.0], stop_ids=[])
+    assert all(max(row) >= 30 for row in unmasked[1:])
 
 
 def test_prompts_may_be_arrays(params) -> None:
-    prompts = np.array([[5, 6, 7], [8, 9, 10]])
-    expected = glm.generate(params, CONFIG, prompts.tolist(), 3)
+    prompts = np.array([[5, 6, 7], [8, 9, 10], [7, 7, 7]])
+    expected = glm.generate(params, CONFIG, prompts.tolist(), 20)
     assert all(type(token) is int for row in expected for token in row)
-    assert glm.generate(params, CONFIG, prompts, 3) == expected  # type: ignore
-    assert glm.generate(params, CONFIG, jnp.asarray(prompts), 3) == expected  # type: ignore
+    assert glm.generate(params, CONFIG, prompts, 20) == expected  # type: ignore
+    assert glm.generate(params, CONFIG, jnp.asarray(prompts), 20) == expected  # type: ignore
 
 
 # --- where answers end -----------------------------------------------------------------------------------------------
 
 
 def test_stop_ids_end_their_row_alone_and_are_kept(params) -> None:
-    free = generate_detailed(params, CONFIG, PROMPTS, 12, stop_ids=[])
-    assert [g.finish_reason for g in free] == ["length"] * 3 and [len(g.answer) for g in free] == [12] * 3
+    free = generate_detailed(params, CONFIG, PROMPTS, NEW, stop_ids=[])
+    assert [g.finish_reason for g in free] == ["length"] * 3 and [len(g.answer) for g in free] == [NEW] * 3
     stop = next(t for t in free[0].answer[2:] if t not in free[0].answer[:2] and t not in free[1].answer)
     at = free[0].answer.index(stop)
-    ended = generate_detailed(params, CONFIG, PROMPTS, 12, stop_ids=[stop])
+    ended = generate_detailed(params, CONFIG, PROMPTS, NEW, stop_ids=[stop])
     assert ended[0].answer == free[0].answer[: at + 1] and ended[0].finish_reason == "stop"
     assert ended[0].logprobs == pytest.approx(free[0].logprobs[: at + 1])
     assert ended[1].answer == free[1].answer and ended[1].finish_reason == "length"
-    # the config's own are the default
-    config = CONFIG.replace(eos_token_id=(stop,))
-    assert glm.generate(params, config, PROMPTS, 12) == [g.tokens for g in ended]
-    assert glm.generate(params, config, PROMPTS, 12, stop_ids=stop) == [g.tokens for g in ended]
+    assert glm.generate(params, CONFIG, PROMPTS, NEW, stop_ids=stop) == [g.tokens for g in ended]
+
+
+def test_the_configs_stop_ids_are_the_default(params) -> None:
+    bias = {CONFIG.eos_token_id[1]: 100.0}
+    free, ended = (
+        generate_detailed(params, CONFIG, PROMPTS, NEW, logit_bias=bias, presence_penalty=-1, stop_ids=stop_ids)
+        for stop_ids in ([], None)
+    )
+    assert {len(g.answer) for g in free} == {NEW} and [g.answer for g in ended] == [[CONFIG.eos_token_id[1]]] * 3
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_new_tokens(count, params) -> None:
-    some, more = (glm.generate(params, CONFIG, PROMPTS, n, stop_ids=[]) for n in (count, 4))
-    assert some == [row[: len(prompt) + count] for row, prompt in zip(more, PROMPTS)]
+    prompts = [*PROMPTS, [3] * 14]  # long enough to need as many slots as the other tests
+    some, more = (glm.generate(params, CONFIG, prompts, n, stop_ids=[]) for n in (count, 14))
+    assert some == [row[: len(prompt) + count] for row, prompt in zip(more, prompts)]
 
 
 def test_the_context_of_the_model_ends_an_answer(params) -> None:
     config = CONFIG.replace(max_position_embeddings=12)
-    whole = glm.generate(params, CONFIG, PROMPTS, 20, stop_ids=[])
-    short = generate_detailed(params, config, PROMPTS, 20, stop_ids=[])
+    whole = glm.generate(params, CONFIG, PROMPTS, NEW, stop_ids=[])
+    short = generate_detailed(params, config, PROMPTS, NEW, stop_ids=[])
     assert [g.tokens for g in short] == [row[:12] for row in whole]
     assert {g.finish_reason for g in short} == {"length"}
     with pytest.raises(UserError, match=r"prompts\[1\] has 12 tokens"):
@@ -169,7 +179,7 @@ def test_the_context_of_the_model_ends_an_answer(params) -> None:
 
 
 def test_no_prompts(params) -> None:
-    assert glm.generate(params, CONFIG, [], 5) == []
+    assert glm.generate(params, CONFIG, [], 5) == []  # nothing is compiled or run
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def test_bad_options_are_named(options, said, params) -> None:
 def test_logits_that_are_not_numbers_are_an_error(params) -> None:
     broken = params | {"final_norm": {"scale": params["final_norm"]["scale"] * jnp.nan}}
     with pytest.raises(UserError, match="not numbers"):
-        glm.generate(broken, CONFIG, PROMPTS, 2)
+        glm.generate(broken, CONFIG, PROMPTS, NEW)
 
 
 # --- compiling and stepping ------------------------------------------------------------------------------------------
@@ -226,8 +236,8 @@ def test_shapes_are_rounded_up_to_few() -> None:
 
 def test_the_same_shapes_compile_once(params) -> None:
     """Nothing at all is compiled for other lengths of the same bucket, other settings, other stop ids."""
-    glm.generate(params, CONFIG, PROMPTS, 4)
-    with_penalties = functools.partial(glm.generate, params, CONFIG, PROMPTS, 4, frequency_penalty=0.5)
+    glm.generate(params, CONFIG, PROMPTS, NEW)
+    with_penalties = functools.partial(glm.generate, params, CONFIG, PROMPTS, NEW, **PENALTIES)
     with_penalties()
     compiled: list[str] = []
 
@@ -237,12 +247,12 @@ def test_the_same_shapes_compile_once(params) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        glm.generate(params, CONFIG, [[1, 2, 3], [4, 5], [6], [7] * 16], 4)
-        glm.generate(params, CONFIG, PROMPTS, 3, temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, seed=9)
-        glm.generate(params, CONFIG, PROMPTS, 1, stop_ids=[1, 2, 3])
-        with_penalties(temperature=0.7, presence_penalty=1.0)
+        glm.generate(params, CONFIG, [[1, 2, 3], [4, 5], [6], [7] * 16], 9)
+        glm.generate(params, CONFIG, PROMPTS, NEW, temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, seed=9)
+        glm.generate(params, CONFIG, PROMPTS, 7, stop_ids=[1, 2, 3])
+        with_penalties(temperature=0.7, seed=3)
         assert not compiled
-        glm.generate(params, CONFIG, [[1]] * 5, 4)
+        glm.generate(params, CONFIG, [[1]] * 5, 20)
         assert len(compiled) == 2  # the listener does listen: the two programs for eight rows
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -263,18 +273,18 @@ def advances(monkeypatch) -> list[int]:
 
 
 def test_the_host_is_not_asked_between_tokens(params, advances) -> None:
-    glm.generate(params, CONFIG, PROMPTS, 12)
-    assert advances == [12]
-    glm.generate(params, CONFIG, PROMPTS, 1)
-    assert advances == [12]
+    glm.generate(params, CONFIG, PROMPTS, NEW)
+    assert advances == [NEW]
+    glm.generate(params, CONFIG, [[1] * 16], 1)
+    assert advances == [NEW]
 
 
 def test_the_loop_stops_when_all_rows_have_ended(params, monkeypatch) -> None:
     states = []
     original = generate_module.advance  # type: ignore
     monkeypatch.setattr(generate_module, "advance", lambda *args: states.append(original(*args)) or states[-1])
-    free = generate_detailed(params, CONFIG, PROMPTS, 12, stop_ids=[])
+    free = generate_detailed(params, CONFIG, PROMPTS, NEW, stop_ids=[])
     stops = [g.answer[2] for g in free]
-    ended = generate_detailed(params, CONFIG, PROMPTS, 12, stop_ids=stops)
+    ended = generate_detailed(params, CONFIG, PROMPTS, NEW, stop_ids=stops)
     assert int(states[-1].step) == max(len(g.answer) for g in ended) <= 3
     assert dataclasses.asdict(ended[0])["finish_reason"] == "stop"

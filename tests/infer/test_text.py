@@ -122,22 +122,15 @@ def test_a_stop_id_is_a_token_but_no_text(whole, params, tokenizer) -> None:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def collect(generator) -> tuple[list[str], Generation]:
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(generator))
-        except StopIteration as end:
-            return pieces, end.value
-
-
 @pytest.mark.parametrize("cut", [None, 12, 30])
 def test_pieces_of_a_stream_are_the_text(cut, whole, params, tokenizer) -> None:
     stops = None if cut is None else whole.text[cut : cut + 3]
     (expected,) = generate_detailed(params, CONFIG, [whole.prompt], tokenizer=tokenizer, stop_strings=stops, **OPTIONS)
-    pieces, result = collect(stream(params, CONFIG, whole.prompt, tokenizer, stop_strings=stops, **OPTIONS))
+    answer = stream(params, CONFIG, whole.prompt, tokenizer, stop_strings=stops, **OPTIONS)
+    assert answer.result is None
+    pieces = list(answer)
     assert "".join(pieces) == expected.text and all(pieces)
-    assert result == expected
+    assert answer.result == expected
     assert len(pieces) > 1
 
 
@@ -149,12 +142,12 @@ def test_a_stream_yields_before_it_goes_on(whole, params, tokenizer, monkeypatch
     assert tokenizer.decode(whole.answer[:1]).startswith(next(pieces)) and not calls
     next(pieces)
     assert 0 < calls[-1] < 20
-    pieces.close()
 
 
-def test_streams_check_their_input(params, tokenizer) -> None:
+def test_streams_check_their_input_at_once(params, tokenizer) -> None:
     with pytest.raises(UserError, match="empty"):
-        next(stream(params, CONFIG, [], tokenizer))
+        stream(params, CONFIG, [], tokenizer)
     with pytest.raises(UserError, match="not empty"):
-        next(stream(params, CONFIG, [1], tokenizer, stop_strings=[""]))
-    assert collect(stream(params, CONFIG, [1], tokenizer, max_new_tokens=0))[0] == []
+        stream(params, CONFIG, [1], tokenizer, stop_strings=[""])
+    nothing = stream(params, CONFIG, [1], tokenizer, max_new_tokens=0)
+    assert list(nothing) == [] and nothing.result == Generation([1], [], [], "length", "")

@@ -1,0 +1,57 @@
+"""What the commands that run a model share: loading it, and keeping compiled programs between runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import zlib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from glm45_jax.config import ModelConfig
+from glm45_jax.text import Tokenizer
+
+
+def load_model(checkpoint: str, dtype: str | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
+    """A checkpoint's config, params and tokenizer; says so on a terminal.
+
+    Raises:
+      UserError: no such checkpoint, something wrong with it, or no tokenizer beside it.
+    """
+    from glm45_jax.convert import load_checkpoint
+    from glm45_jax.errors import UserError
+
+    if not Path(checkpoint).exists():
+        raise UserError(f"{checkpoint}: no such checkpoint; expected a directory of weights, config and tokenizer")
+    use_compilation_cache()
+    with Console(stderr=True).status(f"loading {checkpoint}"):
+        folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+        tokenizer = Tokenizer.load(folder)
+        config, params = load_checkpoint(checkpoint, dtype=dtype)
+    return config, params, tokenizer
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs under ~/.cache/glm45_jax, so that the next run starts at once.
+
+    JAX's own setting (JAX_COMPILATION_CACHE_DIR) goes first.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _cache_folder() -> Path:
+    """Apart for each kind of CPU: programs for one may not run on another that shares the home directory."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    root = Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    except OSError:
+        features = platform.processor()
+    return root / "glm45_jax" / f"xla-{platform.machine()}-{zlib.crc32(features.encode()):08x}"
