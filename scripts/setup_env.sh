@@ -33,7 +33,7 @@ find_python() {
 add_pip() {
   local python
   .venv/bin/python -m pip --version >/dev/null 2>&1 && return
-  .venv/bin/python -m ensurepip --upgrade >/dev/null 2>&1 && return
+  .venv/bin/python -m ensurepip --upgrade --default-pip >/dev/null 2>&1 && return
   python=$(find_python) || exit 1
   "$python" -m pip --python .venv/bin/python install --quiet pip && return
   fail "$python can make an environment but not put pip into it. On Debian or Ubuntu: apt install python3-venv (or python3-pip), then run this again."
