@@ -10,6 +10,7 @@ Axes: B batch, S sequence.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,8 +75,16 @@ class BatchIterator(Iterator[Batch]):
     """Batches without end, or until `epochs` are over; the last rows that fill no batch are left out."""
 
     def __init__(self, batches: Any, settings: str, records: list[_TokenRecords]):
-        self._batches, self._settings, self._records = batches, settings, records
+        self._open, self._settings, self._records = [batches], settings, records
         self._any = False
+        # Also at the end of the interpreter, whose dismantling grain's threads and finalisers do not survive quietly.
+        self._close = weakref.finalize(self, _close, self._open)
+
+    @property
+    def _batches(self) -> Any:
+        if not self._open:
+            raise UserError("these batches are closed; build_data opens them again")
+        return self._open[0]
 
     def __next__(self) -> Batch:
         try:
@@ -115,7 +124,12 @@ class BatchIterator(Iterator[Batch]):
 
     def close(self) -> None:
         """Stops the threads that read ahead."""
-        self._batches.close()
+        self._close()
+
+
+def _close(batches: list[Any]) -> None:
+    while batches:
+        batches.pop().close()
 
 
 class _TokenRecords:

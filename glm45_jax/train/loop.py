@@ -32,7 +32,7 @@ from glm45_jax.train.config import TrainConfig, to_tree
 from glm45_jax.train.loss import Batch, loss_fn
 from glm45_jax.train.report import Reporter
 from glm45_jax.train.step import Metrics, TrainState, init_state, train_step
-from glm45_jax.train.tokenizer import prepare_tokenizer
+from glm45_jax.train.tokenizer import keep_tokenizer, prepare_tokenizer
 
 OnMetrics = Callable[[int, Metrics], None]
 
@@ -242,9 +242,9 @@ def _with_tokens_of(tokenizer: Tokenizer | None, config: TrainConfig) -> TrainCo
 def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer | None, out: Path) -> Path:
     from glm45_jax.convert import save_checkpoint
 
-    if tokenizer is not None and not (out / "tokenizer").exists():
-        tokenizer.save(out / "tokenizer")
-    folder = (out / "tokenizer") if tokenizer is not None else None
+    folder = None if tokenizer is None else out / "tokenizer"
+    if tokenizer is not None:
+        keep_tokenizer(tokenizer, out / "tokenizer")
     save_checkpoint(params, config.model, out / "model", tokenizer_dir=folder, overwrite=True)
     return out / "model"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,17 @@ def prepare_tokenizer(config: TrainConfig, folder: Path) -> Tokenizer | None:
         split_digits=settings.split_digits,
         chat_template=settings.chat_template or "glm-4.5",
     )
-    tokenizer.save(kept)
+    keep_tokenizer(tokenizer, kept)
     return tokenizer
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Saves to `folder` unless it is there; whole or not at all, for a run may be killed between its files."""
+    if folder.exists():
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    tokenizer.save(partial)
+    os.replace(partial, folder)
 
 
 def _sample(data: DataConfig, limit: int, seed: int) -> Iterator[str]:

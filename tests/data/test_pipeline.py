@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -208,3 +210,23 @@ def test_changed_data_are_refused_on_resume(tmp_path, documents):
     write_tokens(tmp_path / "a.jsonl", documents[1:])
     with pytest.raises(UserError, match="not those of the checkpoint"):
         open_data(path).set_state(state)
+
+
+def test_closed_batches_say_so(tmp_path, documents):
+    data = open_data(write_tokens(tmp_path / "a.jsonl", documents))
+    next(data)
+    data.close()
+    data.close()
+    with pytest.raises(UserError, match="closed"):
+        next(data)
+
+
+def test_an_open_pipeline_does_not_disturb_the_end_of_the_program(tmp_path, documents):
+    path = write_tokens(tmp_path / "a.jsonl", documents)
+    program = (
+        "from glm45_jax.data import *\n"
+        f"config = DataConfig(sources=(SourceConfig(path=({path!r},)),))\n"
+        "data = build_data(config, None, 2, 16, vocab_size=1000)\nnext(data)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
