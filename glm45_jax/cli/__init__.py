@@ -25,7 +25,7 @@ def _usage() -> str:
     return (
         f"usage: glm45 COMMAND [OPTIONS]\n\nGLM-4.5 in JAX.\n\ncommands:\n{rows}\n\n"
         "`glm45 COMMAND --help` explains one.\nexamples:\n  glm45 info glm-4.5-air\n"
-        "  glm45 convert from-hf zai-org/GLM-4.5-Air ./air\n  glm45 chat ./air"
+        "  glm45 convert from-hf ./GLM-4.5-Air ./air\n  glm45 chat ./air"
     )
 
 

@@ -37,12 +37,10 @@ def resolve_config(model: str) -> ModelConfig:
     path = Path(model)
     if not path.exists():
         raise UserError(f"{model!r} is neither a path nor a preset; presets: {', '.join(PRESETS)}")
-    if path.is_dir() and (path / "model.safetensors.index.json").exists():
-        from glm45_jax.convert import (
-            source_config,
-        )  # the weights say whether the MTP layer is there, and how much of it
+    if path.is_dir():
+        from glm45_jax.convert import source_config
 
-        return source_config(path)
+        return source_config(path)  # the weights say whether the MTP layer is there, and how much of it
     return load_hf_config(path)
 
 

@@ -73,17 +73,27 @@ def dequantised(leaves: dict[str, Leaf], quantised: Quantised | None) -> dict[st
 
 
 def source_config(path: str | Path) -> ModelConfig:
-    """The config of a Hugging Face checkpoint directory, corrected for the MTP parts that its weights have, and with
-    the number of real token ids where a tokenizer.json tells it. Reads no weights."""
-    directory, _ = _locate(Path(path))
+    """The config of a checkpoint directory, corrected for the MTP parts that its weights have, and with the number of
+    real token ids where a tokenizer.json tells it.
+
+    Reads names of tensors at most: with an index the weights need not be there, and without any the config is taken at
+    its word, as is that of our own directory.
+    """
+    directory, only = _locate(Path(path))
     problems: list[str] = []
     config = _config(directory, files.read_json(directory / "config.json"))
-    if (directory / files.HF_INDEX).exists():
-        return names.with_mtp_of(config, _weight_map(directory / files.HF_INDEX, problems))
-    tensors, _ = _tensors(*_locate(Path(path)), problems)
+    if (directory / files.MANIFEST).exists():
+        return config
+    index = next((f for f in (files.HF_INDEX, files.TORCH_INDEX) if (directory / f).exists()), None)
+    if index and only is None:
+        found = _weight_map(directory / index, problems)
+    else:
+        found, lost = _tensors(directory, only, problems)
+        if lost.everything and not found:
+            return config
     if problems:
         raise _error(Path(path), problems)
-    return names.with_mtp_of(config, tensors)
+    return names.with_mtp_of(config, found)
 
 
 def open_source(path: str | Path) -> Source:

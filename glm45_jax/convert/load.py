@@ -17,7 +17,7 @@ from glm45_jax.convert import dtypes, files, names, store
 from glm45_jax.convert.hf_source import open_source
 from glm45_jax.convert.pieces import AnyLeaf, Index
 from glm45_jax.errors import UserError
-from glm45_jax.parallel.sharding import param_shardings
+from glm45_jax.model import param_shardings
 
 _THREADS = max(4, min(16, os.cpu_count() or 1))
 

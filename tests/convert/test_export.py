@@ -11,21 +11,21 @@ import pytest
 from glm45_jax import convert
 from glm45_jax.config import get_preset
 from glm45_jax.errors import UserError
-from glm45_jax.model import init_params
 from tests.convert.support import NARROW, make, raw_tensors, same
-from tests.support import quick_jit
+
+CONFIG = NARROW.replace(mtp_own_embed=True, mtp_own_head=True)
 
 
 @pytest.fixture(scope="module")
-def params():
-    return quick_jit(init_params, static_argnums=0)(NARROW, jax.random.key(0))
+def params(tmp_path_factory):
+    return convert.load_checkpoint(make(tmp_path_factory.mktemp("export") / "hf", dtype="F32"))[1]
 
 
 def test_both_formats_load_again(params, tmp_path) -> None:
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
-    config = NARROW.replace(eos_token_id=(5, 6), pad_token_id=5, real_vocab_size=60)
+    config = CONFIG.replace(eos_token_id=(5, 6), pad_token_id=5, real_vocab_size=60)
     (tmp_path / "hf").mkdir()  # an empty directory is as good as none
     convert.export_hf(params, config, tmp_path / "hf", tokenizer_dir=tokenizer)
     convert.save_checkpoint(params, config, tmp_path / "own", tokenizer_dir=tokenizer)
@@ -42,10 +42,10 @@ def test_both_formats_load_again(params, tmp_path) -> None:
 
 
 def test_the_config_says_the_dtype_of_the_arrays(params, tmp_path) -> None:
-    halved = jax.tree.map(lambda a: a.astype("bfloat16"), params)
+    halved = jax.tree.map(lambda a: np.asarray(a).astype("bfloat16"), params)
     for layers in (halved["moe_layers"], halved["mtp"]["block"]):
         layers["moe"]["router"]["bias"] = layers["moe"]["router"]["bias"].astype("float32")
-    convert.export_hf(halved, NARROW, tmp_path / "hf")
+    convert.export_hf(halved, CONFIG, tmp_path / "hf")
     assert convert.load_checkpoint(tmp_path / "hf")[0].param_dtype == "bfloat16"
 
 
@@ -54,7 +54,7 @@ def test_params_of_another_config_are_refused(params, tmp_path) -> None:
     del wrong["final_norm"]
     for write in (convert.export_hf, convert.save_checkpoint):
         with pytest.raises(UserError) as error:
-            write(wrong, NARROW, tmp_path / "out")
+            write(wrong, CONFIG, tmp_path / "out")
         said = str(error.value)
         assert "missing final_norm.scale" in said and "unexpected extra.scale" in said
         assert "embed.weight has shape [63, 32], expected [64, 32]" in said
@@ -62,13 +62,13 @@ def test_params_of_another_config_are_refused(params, tmp_path) -> None:
 
 
 def test_existing_targets(params, tmp_path) -> None:
-    convert.export_hf(params, NARROW, tmp_path / "hf")
+    convert.export_hf(params, CONFIG, tmp_path / "hf")
     with pytest.raises(UserError, match="exists already"):
-        convert.export_hf(params, NARROW, tmp_path / "hf")
-    convert.export_hf(params, NARROW, tmp_path / "hf", overwrite=True, max_shard_size=50_000)
+        convert.export_hf(params, CONFIG, tmp_path / "hf")
+    convert.export_hf(params, CONFIG, tmp_path / "hf", overwrite=True, max_shard_size=50_000)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
     with pytest.raises(UserError, match="size 'big' is not understood"):
-        convert.export_hf(params, NARROW, tmp_path / "other", max_shard_size="big")
+        convert.export_hf(params, CONFIG, tmp_path / "other", max_shard_size="big")
 
 
 def test_sizes() -> None:

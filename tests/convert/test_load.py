@@ -60,7 +60,7 @@ def test_arrays_may_be_donated(made) -> None:
 
 MESHES = """
 import json, sys, jax, numpy as np
-from glm45_jax import convert, parallel
+from glm45_jax import convert, model, parallel
 from glm45_jax.convert import pieces
 count, whole = [0], pieces.read_exactly
 def counting(fd, buffer, offset, path):
@@ -74,7 +74,7 @@ for sizes in ({"fsdp": 8}, {"expert": 8}, {"tensor": 2, "fsdp": 4}, {"fsdp": 2, 
     count[0] = 0
     mesh = parallel.make_mesh(**sizes)
     _, params = convert.load_checkpoint(path, mesh=mesh)
-    shardings = parallel.param_shardings(config, mesh)
+    shardings = model.param_shardings(config, mesh)
     ok = jax.tree.map(lambda a, b, s: a.sharding == s and a.dtype == b.dtype and
                       np.asarray(a).tobytes() == np.asarray(b).tobytes(), params, plain, shardings)
     distinct = sum(shard.data.nbytes for a in jax.tree.leaves(params)

@@ -92,9 +92,9 @@ def test_kept_fp8_restores_as_codes_and_scales(tmp_path) -> None:
 def test_into_a_mesh(own) -> None:
     code = """
 import sys, jax, orbax.checkpoint as ocp, orbax.checkpoint.experimental.v1 as v1
-from glm45_jax import convert, parallel, abstract_params
+from glm45_jax import abstract_params, convert, model, parallel
 config, plain = convert.load_checkpoint(sys.argv[1])
-shardings = parallel.param_shardings(config, parallel.make_mesh(fsdp=2, tensor=2, expert=2))
+shardings = model.param_shardings(config, parallel.make_mesh(fsdp=2, tensor=2, expert=2))
 tree = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract_params(config), shardings)
 tree = jax.tree.map(lambda t, a: jax.ShapeDtypeStruct(t.shape, a.dtype, sharding=t.sharding), tree, plain)
 path = sys.argv[1] + "/params"

@@ -10,7 +10,7 @@ import pytest
 
 from glm45_jax import convert
 from glm45_jax.config import load_hf_config
-from tests.convert.support import NARROW, arrays, flat, make, raw_tensors, rewrite, same
+from tests.convert.support import NARROW, arrays, flat, make, raw_tensors, rewrite, same, write_safetensors
 
 # (options of the checkpoint, options of the conversion)
 FORMS = {
@@ -58,7 +58,7 @@ def test_arrays_are_the_tensors_stacked(tmp_path) -> None:
     for path in (source, tmp_path / "own"):
         config, params = convert.load_checkpoint(path)
         assert config.mtp_own_embed and config.mtp_own_head
-        p = flat(params)
+        p = {path: np.asarray(array) for path, array in flat(params).items()}
         assert same(p["embed.weight"], hf["model.embed_tokens.weight"])
         assert same(p["final_norm.scale"], hf["model.norm.weight"])
         assert same(p["head.weight"], hf["lm_head.weight"])
@@ -127,7 +127,7 @@ def test_fp8_values(form, keep, tmp_path) -> None:
 
     for path in (source, tmp_path / "own"):
         _, params = convert.load_checkpoint(path)
-        p = flat(params)
+        p = {path: np.asarray(array) for path, array in flat(params).items()}
         assert same(p["dense_layers.mlp.up.weight"][0], value("model.layers.0.mlp.up_proj.weight"))
         assert same(p["mtp.head.weight"], value("model.layers.3.shared_head.head.weight"))
         for e in range(8):
@@ -250,6 +250,26 @@ def arrays_of(source):
     return arrays(source)
 
 
+def single(source, path):
+    """The same checkpoint as one file."""
+    path.mkdir()
+    (path / "config.json").write_bytes((source / "config.json").read_bytes())
+    write_safetensors(path / "model.safetensors", arrays(source))
+    return path
+
+
+def test_source_config_without_weights(tmp_path) -> None:
+    """With an index alone its names are believed; with a config alone the config is."""
+    source = make(tmp_path / "hf", mtp="shared")
+    for file in source.glob("*.safetensors"):
+        file.unlink()
+    assert convert.source_config(source).num_nextn_predict_layers == 1
+    (source / "model.safetensors.index.json").unlink()
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    (source / "config.json").write_text(json.dumps(config))
+    assert not convert.source_config(source).has_mtp
+
+
 def test_golden_checkpoints(golden, tmp_path) -> None:
     for name, folder in {"a": "a_air/f32", "b": "b_glm45/bf16", "g": "g_mtp/f32"}.items():
         source = golden / "checkpoints" / folder
@@ -267,6 +287,7 @@ def test_source_config_follows_the_weights(weights, own, tmp_path) -> None:
     for said in (0, 1):
         (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": said}))
         found = convert.source_config(source)
+        assert convert.source_config(single(source, tmp_path / f"single{said}")) == found
         assert (found.has_mtp, found.mtp_own_embed, found.mtp_own_head) == (weights != "none", own, own)
         convert.from_hf(source, tmp_path / f"own{said}")
         stored = load_hf_config(tmp_path / f"own{said}")
