@@ -148,7 +148,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not inside:
         return
     if not overwrite:
-        raise UserError(f"{target}: exists already; choose another directory, or replace it with overwrite")
+        raise UserError(f"{target}: exists already; choose another directory, or overwrite it")
     if "config.json" not in inside:
         raise UserError(f"{target}: exists and holds no checkpoint; it is not overwritten")
 
@@ -167,6 +167,8 @@ def working(work: WorkDir, overwrite: bool) -> Iterator[None]:
             work.discard()
         raise
     except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"{work.target}: cannot be written ({e.strerror}: {e.filename})") from e
         if not _disk_full(e):
             raise
         work.discard()

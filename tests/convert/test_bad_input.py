@@ -180,6 +180,14 @@ def test_the_target_exists(source, tmp_path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_target_that_cannot_be(source, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        convert.from_hf(source, tmp_path / "file" / "own")
+    with pytest.raises(UserError, match="a file stands there"):
+        convert.from_hf(source, tmp_path / "file")
+
+
 def test_a_disk_too_small_is_told_at_once(source, tmp_path, monkeypatch, capsys) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
