@@ -28,6 +28,7 @@ _NAMES = {
         "init_params",
         "mtp_forward",
         "param_axes",
+        "param_shardings",
         "prefill",
     ),
     "glm45_jax.train": ("loss_fn", "train_step"),
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         init_params,
         mtp_forward,
         param_axes,
+        param_shardings,
         prefill,
     )
     from glm45_jax.train import loss_fn, train_step

@@ -2,7 +2,7 @@
 
 from glm45_jax.model.decode import KVCache, decode_step, init_cache, prefill
 from glm45_jax.model.decoder import ForwardOutput, MTPOutput, forward, mtp_forward
-from glm45_jax.model.params import Params, abstract_params, init_params, param_axes
+from glm45_jax.model.params import Params, abstract_params, init_params, param_axes, param_shardings
 
 __all__ = [
     "ForwardOutput",
@@ -16,5 +16,6 @@ __all__ = [
     "init_params",
     "mtp_forward",
     "param_axes",
+    "param_shardings",
     "prefill",
 ]

@@ -8,13 +8,16 @@ Everything that needs shapes, axes or dtypes (shardings, checkpoints, optimizer 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.model import modules
+from glm45_jax.parallel.sharding import MeshAxes, tree_shardings
 
 Params = dict[str, Any]
 
@@ -70,6 +73,16 @@ def param_axes(config: ModelConfig) -> Params:
         return nnx.traversals.unflatten_mapping(flat)
 
     return axes("outer", ()) | {kind: axes(kind, ("layers",)) for kind in stacked_kinds(config)}
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None) -> Params:
+    """The tree of `NamedSharding`s over `mesh`, by the rules of `glm45_jax.parallel` with the changes in `rules`.
+
+    Raises:
+      UserError: one list of every parameter that cannot be divided so.
+    """
+    heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+    return tree_shardings(abstract_params(config), param_axes(config), mesh, rules, units=heads)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

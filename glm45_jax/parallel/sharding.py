@@ -13,9 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.params import abstract_params, param_axes
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -51,10 +49,17 @@ def make_mesh(devices: Sequence[Any] | None = None, **axis_sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None) -> dict[str, Any]:
-    """The params tree of `NamedSharding`s.
+def tree_shardings(
+    shapes: Any,
+    axes: Any,
+    mesh: Mesh,
+    rules: Mapping[str, MeshAxes] | None = None,
+    units: Mapping[str, int] | None = None,
+) -> Any:
+    """The tree of `NamedSharding`s for a tree of arrays or shapes and the same tree of their logical axes.
 
     Args:
+      units: how many indivisible parts a logical axis has, where that is not its size: a head is never cut.
       rules: changes to `RULES`, such as `{"kv_heads": None}`.
 
     Raises:
@@ -66,8 +71,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, MeshAxe
     if unknown:
         raise UserError(f"rules for unknown logical axes {unknown}; there are {sorted(RULES)}")
     problems: list[str] = []
-    # A head is never cut: these axes are divided by heads, not by rows.
-    units = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+    units = units or {}
 
     def sharding(path: Any, leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> NamedSharding:
         spec, used = [], {}
@@ -84,7 +88,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, MeshAxe
             spec.append(names if len(names) > 1 else names[0] if names else None)
         return NamedSharding(mesh, PartitionSpec() if problems else PartitionSpec(*spec))
 
-    tree = jax.tree_util.tree_map_with_path(sharding, abstract_params(config), param_axes(config))
+    tree = jax.tree_util.tree_map_with_path(sharding, shapes, axes)
     if problems:
         raise UserError(
             f"params cannot be sharded over mesh {dict(mesh.shape)}; choose other sizes, or pass rules such as "

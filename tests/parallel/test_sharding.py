@@ -8,7 +8,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from glm45_jax.config import get_preset
 from glm45_jax.errors import UserError
-from glm45_jax.parallel import make_mesh, param_shardings
+from glm45_jax.model import param_shardings
+from glm45_jax.parallel import make_mesh
 
 
 def specs(config, rules=None, **sizes):
