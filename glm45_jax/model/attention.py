@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.model.layers import linear, rms_norm, rotate
@@ -55,6 +55,16 @@ def attend(
     seen = (jnp.arange(k.shape[2]) <= slots[..., None]) & (segment_ids[..., None] == kv_segment_ids[:, None])
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
     return jnp.einsum("bkgst,bkth->bskgh", weights, v).reshape(batch, queries, num_heads, head_dim)
+
+
+def attend_one(
+    q: Float[Array, "H h"], k: Float[Array, "K T h"], v: Float[Array, "K T h"], seen: Bool[Array, " T"]
+) -> Float[Array, "H h"]:
+    """Attention of one query, keys first in the products, so that no large operand has to be transposed."""
+    grouped = (q * q.shape[-1] ** -0.5).reshape(k.shape[0], -1, q.shape[-1])
+    scores = jnp.einsum("kth,kgh->ktg", k, grouped, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, _MASKED), axis=1).astype(q.dtype)
+    return jnp.einsum("ktg,kth->kgh", weights, v).reshape(q.shape)
 
 
 def attend_causal(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import attend, attend_causal, output, project
+from glm45_jax.model.attention import attend, attend_causal, attend_one, output, project
 from glm45_jax.model.decoder import Rows, embed, head_logits, head_weight, rows_of
 from glm45_jax.model.layers import rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import moe_decode
@@ -133,13 +133,13 @@ def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
     def row_by_row(q, k, v, layer, slots, segments, kv_segments):
         # XLA's CPU matmul wants its operand copied out of the stack: a row at a time keeps the copy small and cached
         def one(row):
-            take = lambda x: jax.lax.dynamic_index_in_dim(x, row)  # noqa: E731
-            cached = lambda x: jax.lax.dynamic_slice(x, (layer, row, 0, 0, 0), (1, 1, *x.shape[2:]))[0]  # noqa: E731
-            return batched(
-                take(q), cached(k)[None], cached(v)[None], 0, take(slots), take(segments), take(kv_segments)
-            )[0]
+            keys, values = (
+                jax.lax.dynamic_slice(x, (layer, row, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0].astype(q.dtype) for x in (k, v)
+            )
+            seen = (jnp.arange(k.shape[3]) <= slots[row, 0]) & (kv_segments[row] == segments[row, 0])
+            return attend_one(q[row, 0], keys, values, seen)
 
-        return jax.lax.map(one, jnp.arange(q.shape[0]))
+        return jax.lax.map(one, jnp.arange(q.shape[0]))[:, None]
 
     args = (q, k, v, layer, slots, segment_ids, kv_segment_ids)
     return jax.lax.platform_dependent(*args, cpu=row_by_row, default=batched)

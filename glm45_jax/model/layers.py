@@ -24,9 +24,25 @@ def rms_norm(x: Float[Array, "*n D"], scale: Float[Array, " D"], eps: float) -> 
 
 def linear(x: Float[Array, "*n I"], module: Any) -> Float[Array, "*n O"]:
     """x @ weight.T, plus the bias where there is one. Weights [O, I] are cast to the dtype of `x`."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    y = jax.lax.dot_general(x, module.weight[...].astype(x.dtype), contract)
+    y = matmul_t(x, module.weight[...].astype(x.dtype))
     return y + module.bias[...].astype(x.dtype) if hasattr(module, "bias") else y
+
+
+def matmul_t(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any = None) -> Float[Array, "*n O"]:
+    """x @ weight.T, accumulated and returned in `dtype` (by default that of `x`)."""
+    if x.size == x.shape[-1]:
+        # One row: as vector times transposed matrix XLA for CPU reads a weight where it lies in a stack of layers; in
+        # any other form, or fused with its neighbours, it copies the weight first.
+        y = _unfused(jnp.matmul(_unfused(x.reshape(-1)), weight.T, preferred_element_type=dtype))
+        return y.reshape(*x.shape[:-1], -1)
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _unfused(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """`x`, so that XLA for CPU does not fuse what makes it with what uses it (it drops optimisation barriers early)."""
+    same = lambda x: x  # noqa: E731
+    branch = lambda x: jax.lax.cond(x[0] == x[0], same, lambda x: x * jnp.nan, x)  # noqa: E731  NaN stays NaN
+    return jax.lax.platform_dependent(x, cpu=branch, default=same)
 
 
 def swiglu(x: Float[Array, "*n D"], mlp: Any) -> Float[Array, "*n D"]:

@@ -1,0 +1,184 @@
+"""Training data that every machine can make: the standard library as text, sums worked out in steps, tool calls.
+
+Sums and tool calls are conversations in the message form of chat APIs. What is held out for testing is chosen by a hash
+of the problem itself, so that no test problem ever appears in training, however much is generated.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+Conversation = dict[str, Any]  # messages, tools, enable_thinking: a record of kind `messages`
+
+_HELD_OUT_PERCENT = 5
+
+
+def held_out(*problem: Any) -> bool:
+    """Whether a problem is kept for testing."""
+    return xxhash.xxh3_64_intdigest(json.dumps(problem).encode()) % 100 < _HELD_OUT_PERCENT
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def standard_library(max_bytes: int) -> Iterator[str]:
+    """The installed standard library: the language reference that `help()` shows, then modules' source, by name."""
+    from pydoc_data.topics import topics
+
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    read = lambda path: path.read_text("utf-8", errors="replace")  # noqa: E731
+    left = max_bytes
+    for text in [*(topics[name] for name in sorted(topics)), *map(read, sources)]:
+        if left <= 0:
+            return
+        yield text[:left]
+        left -= len(text)
+
+
+# --- sums ----------------------------------------------------------------------------------------------------------
+
+
+class Sum(NamedTuple):
+    """Two numbers of one or two digits to add."""
+
+    a: int
+    b: int
+
+    @property
+    def steps(self) -> str:
+        """The sum as done on paper, units first."""
+        (a10, a1), (b10, b1) = divmod(self.a, 10), divmod(self.b, 10)
+        units = a1 + b1
+        if not a10 and not b10:
+            return f"{a1}+{b1}={units}"
+        carry = units // 10
+        tens = a10 + b10 + carry
+        return f"{a1}+{b1}={units}, carry {carry}. {a10}+{b10}+{carry}={tens}. So {self.a + self.b}"
+
+
+_SUM_QUESTIONS = ("{a}+{b}=?", "What is {a} + {b}?", "Add {a} and {b}.")
+
+
+def draw_sum(rng: random.Random, *, test: bool) -> Sum:
+    """A random sum, the first number of one digit in a fifth of them; from the held-out ones for a test."""
+    while True:
+        top = 9 if rng.random() < 0.2 else 99
+        problem = Sum(rng.randint(0, top), rng.randint(0, 99))
+        if held_out(*problem) == test:
+            return problem
+
+
+def sum_conversation(problem: Sum, rng: random.Random, *, thinking: bool = True) -> Conversation:
+    """Question and answer; with thinking, the steps before the answer."""
+    question = rng.choice(_SUM_QUESTIONS).format(a=problem.a, b=problem.b)
+    answer: dict[str, Any] = {"role": "assistant", "content": str(problem.a + problem.b)}
+    if thinking:
+        answer["reasoning_content"] = problem.steps
+    return {"messages": [{"role": "user", "content": question}, answer], "enable_thinking": thinking}
+
+
+# --- tool calls ----------------------------------------------------------------------------------------------------
+
+_CITIES = (
+    "Athens Berlin Boston Cairo Chicago Delhi Dublin Geneva Hanoi Havana Helsinki Istanbul Jakarta Kyoto Lagos Lima "
+    "Lisbon London Madrid Manila Miami Milan Moscow Mumbai Nairobi Oslo Ottawa Paris Prague Quito Rome Seoul Sydney "
+    "Tehran Tokyo Toronto Vienna Warsaw Zagreb Zurich"
+).split()
+_KINDS = "ancient cheap classical famous modern local new old quiet rare small wild".split()
+_THINGS = "birds books bridges castles gardens maps museums music parks recipes rivers stamps trains trees".split()
+
+
+class Tool(NamedTuple):
+    """A function that the model may call: what it is for, its parameters' types, and ways to ask for it."""
+
+    name: str
+    description: str
+    parameters: dict[str, str]
+    questions: tuple[str, ...]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        properties = {name: {"type": kind} for name, kind in self.parameters.items()}
+        parameters = {"type": "object", "properties": properties, "required": list(properties)}
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": self.description, "parameters": parameters},
+        }
+
+
+TOOLS = (
+    Tool("get_weather", "Weather in a city", {"city": "string"},
+         ("What is the weather in {city}?", "Is it cold in {city} today?", "Tell me the weather for {city}.")),
+    Tool("set_timer", "Start a timer", {"minutes": "integer"},
+         ("Set a timer for {minutes} minutes.", "Wake me in {minutes} minutes.", "Timer, {minutes} minutes please.")),
+    Tool("search", "Search the web", {"query": "string"},
+         ("Search for {query}.", "Find {query} on the web.", "Look up {query}, please.")),
+    Tool("book_table", "Book a table", {"city": "string", "people": "integer"},
+         ("Book a table for {people} in {city}.", "I need a table in {city} for {people} people.")),
+)  # fmt: skip
+
+
+class Call(NamedTuple):
+    """A tool call: the name, and the arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def draw_call(rng: random.Random, *, test: bool) -> Call:
+    """A random call, from the held-out ones for a test: its arguments were never seen together with its tool."""
+    while True:
+        tool = rng.choice(TOOLS)
+        values = {
+            "city": rng.choice(_CITIES),
+            "minutes": rng.randint(1, 99),
+            "people": rng.randint(2, 20),
+            "query": f"{rng.choice(_KINDS)} {rng.choice(_THINGS)}",
+        }
+        call = Call(tool.name, {name: values[name] for name in tool.parameters})
+        if held_out(*call) == test:
+            return call
+
+
+def call_conversation(call: Call, rng: random.Random) -> Conversation:
+    """A question, the call that answers it with a thought before, and the tools on offer: the right one and another."""
+    tool = next(t for t in TOOLS if t.name == call.name)
+    offered = rng.sample([tool, rng.choice([t for t in TOOLS if t is not tool])], 2)
+    function = {"name": call.name, "arguments": call.arguments}
+    answer = {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": f"I need {call.name}.",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+    question = rng.choice(tool.questions).format(**call.arguments)
+    return {"messages": [{"role": "user", "content": question}, answer], "tools": [t.schema for t in offered]}
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def write_quickstart_data(folder: Path, *, seed: int, sums: int, calls: int, text_bytes: int) -> dict[str, Path]:
+    """Writes `library.jsonl`, `sums.jsonl` and `calls.jsonl` for training; the same for the same seed and Python."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {
+        "library": ({"text": text} for text in standard_library(text_bytes)),
+        "sums": (sum_conversation(draw_sum(rng, test=False), rng, thinking=i % 4 > 0) for i in range(sums)),
+        "calls": (call_conversation(draw_call(rng, test=False), rng) for _ in range(calls)),
+    }
+    return {name: _write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in records.items()}
+
+
+def _write_jsonl(path: Path, rows: Iterator[Conversation]) -> Path:
+    beside = path.with_suffix(".partial")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return beside.replace(path)

@@ -1,0 +1,218 @@
+"""Speed beside transformers on this machine's CPU: prefill, decode and a training step, same weights, one run.
+
+Both sides get the same random weights in float32 and the same number of threads. Runs alternate, so that a machine
+whose speed drifts slows both; medians and their ratio are printed. transformers takes the best of its expert implementations.
+
+    python scripts/bench_peers.py                    # everything
+    python scripts/bench_peers.py --only decode --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+DECODE = {
+    "vocab_size": 32768, "hidden_size": 1024, "num_hidden_layers": 12, "first_k_dense_replace": 1,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "n_routed_experts": 32,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 512, "intermediate_size": 2816, "n_shared_experts": 1,
+}  # fmt: skip
+TRAIN = {
+    "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 6, "first_k_dense_replace": 1,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "n_routed_experts": 32,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 256, "intermediate_size": 1408, "n_shared_experts": 1,
+}  # fmt: skip
+CONTEXT, NEW_TOKENS = 256, 64
+# The third, "batched_mm", copies the weights for every routed row: slowest by far at batch 1 (5 tokens/s where the others
+# make 21), and more memory than most machines have in prefill (17 GB) and training.
+EXPERTS = ("eager", "grouped_mm")
+
+
+def make_pair(sizes: dict, directory: str):
+    """A transformers model with random weights, and the same in JAX."""
+    import torch
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    import glm45_jax as glm
+    from glm45_jax.config import get_preset
+
+    config = get_preset("tiny", num_nextn_predict_layers=0, max_position_embeddings=4096, **sizes)
+    torch.manual_seed(0)
+    hf = {k: v for k, v in config.to_hf("v5").items() if k not in ("architectures", "model_type", "glm45_jax")}
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(**hf)).to(torch.float32).eval()
+    model.save_pretrained(directory)
+    return model, *glm.load_checkpoint(directory, dtype="float32")
+
+
+def alternate(rounds: int, sides: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each side's calls, taken in turn after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def report(task: str, tokens: int, times: dict[str, list[float]]) -> dict:
+    rates = {name: tokens / statistics.median(t) for name, t in times.items()}
+    peer = max((name for name in rates if name != "glm45_jax"), key=rates.__getitem__)
+    row = {"task": task, "tokens_per_s": rates, "best_peer": peer, "ratio": rates["glm45_jax"] / rates[peer]}
+    shown = "  ".join(f"{name} {rate:8.1f}" for name, rate in rates.items())
+    print(f"{task:24s} {shown}  tokens/s   ratio {row['ratio']:.2f}x", flush=True)
+    return row
+
+
+def prefill(pair, rounds: int) -> list[dict]:
+    import jax
+    import numpy as np
+    import torch
+
+    import glm45_jax as glm
+
+    model, config, params = pair
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 1024))
+    step = jax.jit(lambda p, t: glm.prefill(p, config, glm.init_cache(config, 1, 1024), t))
+
+    def torch_prefill(experts: str):
+        def call():
+            model.set_experts_implementation(experts)
+            with torch.inference_mode():
+                model(torch.tensor(tokens), logits_to_keep=1, use_cache=True)
+
+        return call
+
+    sides = {"glm45_jax": lambda: jax.block_until_ready(step(params, tokens))}
+    sides |= {experts: torch_prefill(experts) for experts in EXPERTS}
+    return [report("prefill 1x1024", 1024, alternate(rounds, sides))]
+
+
+def decode(pair, rounds: int, batches: tuple[int, ...]) -> list[dict]:
+    return [_decode(pair, rounds, batch) for batch in batches]
+
+
+def _decode(pair, rounds: int, batch: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    import glm45_jax as glm
+
+    model, config, params = pair
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, CONTEXT))
+    first = jax.jit(lambda p, t: glm.prefill(p, config, glm.init_cache(config, batch, CONTEXT + NEW_TOKENS), t))
+    logits, cache = first(params, tokens)
+
+    @jax.jit
+    def rest(p, logits, cache):
+        def step(_, carry):
+            token, cache = carry
+            logits, cache = glm.decode_step(p, config, cache, token)
+            return jnp.argmax(logits, -1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, NEW_TOKENS, step, (jnp.argmax(logits, -1).astype(jnp.int32), cache))
+
+    def torch_side(experts: str):
+        import copy
+
+        model.set_experts_implementation(experts)
+        with torch.inference_mode():
+            out = model(torch.tensor(tokens), logits_to_keep=1, use_cache=True)
+
+        def call():
+            model.set_experts_implementation(experts)
+            past, token = copy.deepcopy(out.past_key_values), out.logits[:, -1:].argmax(-1)
+            with torch.inference_mode():
+                for _ in range(NEW_TOKENS):
+                    step = model(token, past_key_values=past, use_cache=True)
+                    past, token = step.past_key_values, step.logits[:, -1:].argmax(-1)
+
+        return call
+
+    sides = {"glm45_jax": lambda: jax.block_until_ready(rest(params, logits, cache))}
+    sides |= {experts: torch_side(experts) for experts in EXPERTS}
+    return report(f"decode batch {batch}", batch * NEW_TOKENS, alternate(rounds, sides))
+
+
+def train(pair, rounds: int) -> list[dict]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    import torch
+
+    import glm45_jax as glm
+
+    model, config, params = pair
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 512))
+    optimizer = optax.adamw(1e-4)
+
+    def step(state, tokens):
+        params, opt_state = state
+        loss = lambda p: glm.loss_fn(p, config, {"tokens": tokens}, balance_weight=0.0)[0]  # noqa: E731
+        grads = jax.grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    jitted = jax.jit(step, donate_argnums=0)
+    state = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
+
+    def jax_side():
+        state[0] = jax.block_until_ready(jitted(state[0], tokens))
+
+    def torch_side(experts: str):
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def call():
+            model.set_experts_implementation(experts)
+            ids = torch.tensor(tokens)
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            adamw.step()
+            adamw.zero_grad()
+
+        return call
+
+    model.train()
+    sides = {"glm45_jax": jax_side} | {experts: torch_side(experts) for experts in EXPERTS}
+    return [report("train step 4x512", 2048, alternate(rounds, sides))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["prefill", "decode", "train"], help="one task")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decode batch sizes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    import jax
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as directory:
+        if args.only != "train":
+            pair = make_pair(DECODE, directory)
+            if args.only != "decode":
+                rows += prefill(pair, args.rounds)
+            if args.only != "prefill":
+                rows += decode(pair, max(2, args.rounds - 2), tuple(args.batches))
+            del pair
+    with tempfile.TemporaryDirectory() as directory:
+        if args.only in (None, "train"):
+            rows += train(make_pair(TRAIN, directory), args.rounds)
+    if args.json:
+        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        args.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
