@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -18,7 +21,7 @@ from glm45_jax.infer import generate_detailed
 from glm45_jax.infer.generate import round_up
 from glm45_jax.infer.sampling import TokenCounts, sample, sampling_params
 from tests.infer.conftest import generate_module
-from tests.support import quick_jit, random_params, small_config
+from tests.support import FIXTURES, ROOT, quick_jit, random_params, small_config
 
 CONFIG = small_config(num_hidden_layers=2, eos_token_id=(94, 95))
 # most tests choose these numbers of prompts and tokens, to share two compiled programs of 4 rows and 32 slots
@@ -288,3 +291,20 @@ def test_the_loop_stops_when_all_rows_have_ended(params, monkeypatch) -> None:
     ended = generate_detailed(params, CONFIG, PROMPTS, NEW, stop_ids=stops)
     assert int(states[-1].step) == max(len(g.answer) for g in ended) <= 3
     assert dataclasses.asdict(ended[0])["finish_reason"] == "stop"
+
+
+@pytest.mark.slow
+def test_params_on_a_mesh_generate_the_same() -> None:
+    code = """
+import sys, numpy as np, glm45_jax as glm
+from glm45_jax.parallel import make_mesh
+path = sys.argv[1]
+expected = np.load(path + "/oracle.npz")
+for axes in ({"fsdp": 4}, {"tensor": 2, "expert": 2}):
+    config, params = glm.load_checkpoint(path, dtype="float32", mesh=make_mesh(**axes))
+    assert glm.generate(params, config, expected["gen_prompt"], 8) == expected["gen_full"].tolist(), axes
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, str(FIXTURES / "air")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

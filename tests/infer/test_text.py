@@ -70,6 +70,18 @@ def test_cutting_does_not_depend_on_the_tokens(data, tokenizer) -> None:
     assert (found.text, found.stopped) == expected_cut(text, stops)
 
 
+@pytest.mark.parametrize("stops", [["cat", "a"], ["a", "cat"], ["cat sat", " sat"], ["t s", "cat s"], ["zzz"]])
+def test_of_several_stop_strings_the_first_to_end_counts(stops, tokenizer) -> None:
+    """Also where one token holds all of them."""
+    ids = tokenizer.encode("the cat sat on")
+    assert " cat" in map(tokenizer.decode, ([i] for i in ids))
+    found = StoppableText(tokenizer, stops)
+    for i in ids:
+        found.push(i)
+    found.finish()
+    assert (found.text, found.stopped) == expected_cut("the cat sat on", stops)
+
+
 def byte_id(tokenizer: Tokenizer, byte: int) -> int:
     vocabulary = tokenizer.backend.get_vocab()
     return next(i for token, i in vocabulary.items() if len(token) == 1 and token_to_bytes(token) == bytes([byte]))
