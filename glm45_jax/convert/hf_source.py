@@ -103,6 +103,8 @@ def open_source(path: str | Path) -> Source:
       UserError: lists everything that is wrong with it.
     """
     directory, only = _locate(Path(path))
+    if (directory / files.MANIFEST).exists():
+        raise UserError(f"{path}: a checkpoint of our own already; `glm45 convert to-hf` goes the other way")
     hf_config = files.read_json(directory / "config.json")
     problems: list[str] = []
     config = None

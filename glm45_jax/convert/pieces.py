@@ -2,15 +2,15 @@
 
 A `Leaf` is one array of the params tree, tiled by equal boxes; each box is a piece (a tensor of a safetensors shard, an
 expert's rows of a fused one, a chunk file of our own directory). Reading any part of a leaf reads only the bytes of
-that part, into a buffer that the caller may give. Files are read with `preadv`, never mapped: mapped pages would count
-as this process's memory.
+that part, into a buffer that the caller may give. Files are read, never mapped: mapped pages would count as this
+process's memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
@@ -34,12 +34,13 @@ class Piece(Protocol):
         ...
 
 
-def read_exactly(fd: int, buffer: np.ndarray, offset: int, path: str) -> None:
+def read_exactly(file: io.FileIO, buffer: np.ndarray, offset: int, path: str) -> None:
     """Fills `buffer`, bytes, from `offset` on."""
     done = 0
+    file.seek(offset)
     while done < buffer.size:
-        count = os.preadv(fd, [buffer[done:].data], offset + done)
-        if count == 0:
+        count = file.readinto(buffer[done:].data)
+        if not count:
             raise UserError(f"{path}: the file ends at byte {offset + done:,}, {buffer.size - done:,} bytes too early")
         done += count
 
@@ -58,15 +59,12 @@ class FilePiece:
         first = self.offset + sum(part.start * int(stride) for part, stride in zip(index, strides))
         lead = _dims_before_run(out, self.shape)
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            with open(self.path, "rb", buffering=0) as file:
+                for at in itertools.product(*map(range, out.shape[:lead])):
+                    start = first + sum(i * int(stride) for i, stride in zip(at, strides))
+                    read_exactly(file, out[at].reshape(-1).view(np.uint8), start, self.path)
         except OSError as e:
             raise UserError(f"{self.path}: cannot be read ({e.strerror})") from e
-        try:
-            for at in itertools.product(*map(range, out.shape[:lead])):
-                start = first + sum(i * int(stride) for i, stride in zip(at, strides))
-                read_exactly(fd, out[at].reshape(-1).view(np.uint8), start, self.path)
-        finally:
-            os.close(fd)
 
     def view(self, shape: tuple[int, ...], skip: int = 0) -> FilePiece:
         """The values from the `skip`-th on, as an array of `shape`."""

@@ -121,7 +121,8 @@ class WorkDir:
 
     def close(self) -> None:
         if self._log:
-            self._log.close()
+            with contextlib.suppress(OSError):  # of a disk that was full
+                self._log.close()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -268,7 +269,7 @@ class _Log:
 
     def flush(self) -> None:
         for fd in {job.unsynced() for job, _ in self._waiting} - {None}:
-            os.fdatasync(fd)  # pyright: ignore
+            os.fsync(fd)  # pyright: ignore
         self._work.record({job.key: digest for job, digest in self._waiting})
         self._waiting, self._bytes = [], 0
 

@@ -272,6 +272,8 @@ def test_half_a_target_is_not_taken_for_a_whole_one(source, tmp_path) -> None:
         with pytest.raises(UserError):
             convert.to_hf(broken, tmp_path / "back")
         shutil.rmtree(broken)
+    with pytest.raises(UserError, match="a checkpoint of our own already"):
+        convert.from_hf(tmp_path / "own", tmp_path / "again")
     with pytest.raises(UserError, match="no checkpoint of glm45_jax"):
         convert.to_hf(source, tmp_path / "back")
 

@@ -63,9 +63,9 @@ import json, sys, jax, numpy as np
 from glm45_jax import convert, model, parallel
 from glm45_jax.convert import pieces
 count, whole = [0], pieces.read_exactly
-def counting(fd, buffer, offset, path):
+def counting(file, buffer, offset, path):
     count[0] += buffer.size
-    whole(fd, buffer, offset, path)
+    whole(file, buffer, offset, path)
 pieces.read_exactly = counting
 path = sys.argv[1]
 config, plain = convert.load_checkpoint(path)
@@ -102,9 +102,9 @@ from glm45_jax import convert, parallel
 from glm45_jax.convert import pieces
 import numpy as np
 count, whole = [0], pieces.read_exactly
-def counting(fd, buffer, offset, path):
+def counting(file, buffer, offset, path):
     count[0] += buffer.size
-    whole(fd, buffer, offset, path)
+    whole(file, buffer, offset, path)
 pieces.read_exactly = counting
 config, params = convert.load_checkpoint(sys.argv[1] + "/own", mesh=parallel.make_mesh(expert=2, fsdp=2))
 distinct = [{str(s.index): s.data.nbytes for s in a.addressable_shards} for a in jax.tree.leaves(params)]

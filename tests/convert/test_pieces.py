@@ -37,9 +37,9 @@ def test_any_part(leaf, data) -> None:
         index.append(slice(start, data.draw(st.integers(start + 1, size))))
     count, original = [0], pieces.read_exactly
 
-    def counting(fd, buffer, offset, path):
+    def counting(file, buffer, offset, path):
         count[0] += buffer.size
-        original(fd, buffer, offset, path)
+        original(file, buffer, offset, path)
 
     pieces.read_exactly = counting
     try:
