@@ -71,12 +71,25 @@ def test_arrays_are_the_tensors_stacked(tmp_path) -> None:
                     assert same(expert, hf[f"{moe}experts.{e}.{part}_proj.weight"])
             assert same(p["moe_layers.moe.router.weight"][layer - 1], hf[moe + "gate.weight"])
             assert same(p["moe_layers.moe.router.bias"][layer - 1], hf[moe + "gate.e_score_correction_bias"])
-            assert same(p["moe_layers.moe.shared.up.weight"][layer - 1], hf[moe + "shared_experts.up_proj.weight"])
-            assert same(p["moe_layers.attention.q.bias"][layer - 1], hf[name + "self_attn.q_proj.bias"])
+            for part in ("gate", "up", "down"):
+                shared = p[f"moe_layers.moe.shared.{part}.weight"][layer - 1]
+                assert same(shared, hf[f"{moe}shared_experts.{part}_proj.weight"])
+            for part in "qkvo":
+                assert same(
+                    p[f"moe_layers.attention.{part}.weight"][layer - 1], hf[f"{name}self_attn.{part}_proj.weight"]
+                )
+            for part in "qkv":
+                assert same(p[f"moe_layers.attention.{part}.bias"][layer - 1], hf[f"{name}self_attn.{part}_proj.bias"])
+            assert same(p["moe_layers.attention.q_norm.scale"][layer - 1], hf[name + "self_attn.q_norm.weight"])
+            assert same(p["moe_layers.input_norm.scale"][layer - 1], hf[name + "input_layernorm.weight"])
+            after = p["moe_layers.post_attention_norm.scale"][layer - 1]
+            assert same(after, hf[name + "post_attention_layernorm.weight"])
             assert same(p["moe_layers.attention.k_norm.scale"][layer - 1], hf[name + "self_attn.k_norm.weight"])
         assert same(p["dense_layers.mlp.down.weight"][0], hf["model.layers.0.mlp.down_proj.weight"])
         assert same(p["dense_layers.attention.o.weight"][0], hf["model.layers.0.self_attn.o_proj.weight"])
         mtp = "model.layers.3."
+        assert same(p["mtp.enorm.scale"], hf[mtp + "enorm.weight"])
+        assert same(p["mtp.hnorm.scale"], hf[mtp + "hnorm.weight"])
         assert same(p["mtp.norm.scale"], hf[mtp + "shared_head.norm.weight"])
         assert same(p["mtp.head.weight"], hf[mtp + "shared_head.head.weight"])
         assert same(p["mtp.embed.weight"], hf[mtp + "embed_tokens.weight"])
