@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import xxhash
 Conversation = dict[str, Any]  # messages, tools, enable_thinking: a record of kind `messages`
 
 _HELD_OUT_PERCENT = 5
+_TURNS = 4  # of a training conversation with tools: the tools' schemas are most of its text, and teach nothing
 
 
 def held_out(*problem: Any) -> bool:
@@ -132,10 +133,10 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-def draw_call(rng: random.Random, *, test: bool) -> Call:
+def draw_call(rng: random.Random, *, test: bool, tools: Sequence[Tool] = TOOLS) -> Call:
     """A random call, from the held-out ones for a test: its arguments were never seen together with its tool."""
     while True:
-        tool = rng.choice(TOOLS)
+        tool = rng.choice(tools)
         values = {
             "city": rng.choice(_CITIES),
             "minutes": rng.randint(1, 99),
@@ -147,19 +148,24 @@ def draw_call(rng: random.Random, *, test: bool) -> Call:
             return call
 
 
-def call_conversation(call: Call, rng: random.Random) -> Conversation:
-    """A question, the call that answers it with a thought before, and the tools on offer: the right one and another."""
-    tool = next(t for t in TOOLS if t.name == call.name)
-    offered = rng.sample([tool, rng.choice([t for t in TOOLS if t is not tool])], 2)
-    function = {"name": call.name, "arguments": call.arguments}
-    answer = {
-        "role": "assistant",
-        "content": "",
-        "reasoning_content": f"I need {call.name}.",
-        "tool_calls": [{"type": "function", "function": function}],
-    }
-    question = rng.choice(tool.questions).format(**call.arguments)
-    return {"messages": [{"role": "user", "content": question}, answer], "tools": [t.schema for t in offered]}
+def call_conversation(rng: random.Random, *, test: bool, turns: int = 1) -> tuple[Conversation, Call]:
+    """One or two tools on offer, and questions that each take a call; also returns the last call.
+
+    The model thinks before the last call, as it does in its current turn; earlier turns show no thoughts, as in every
+    history.
+    """
+    tools = rng.sample(TOOLS, rng.randint(1, 2))
+    messages: list[dict[str, Any]] = []
+    for turn in range(turns):
+        call = draw_call(rng, test=test, tools=tools)
+        question = rng.choice(next(t for t in tools if t.name == call.name).questions).format(**call.arguments)
+        function = {"type": "function", "function": call._asdict()}
+        answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [function]}
+        messages += [{"role": "user", "content": question}, answer]
+        if turn < turns - 1:
+            messages += [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}]
+    answer["reasoning_content"] = f"I need {call.name}."
+    return {"messages": messages, "tools": [t.schema for t in tools]}, call
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def write_quickstart_data(folder: Path, *, seed: int, sums: int, calls: int, tex
     records = {
         "library": ({"text": text} for text in standard_library(text_bytes)),
         "sums": (sum_conversation(draw_sum(rng, test=False), rng, thinking=i % 4 > 0) for i in range(sums)),
-        "calls": (call_conversation(draw_call(rng, test=False), rng) for _ in range(calls)),
+        "calls": (call_conversation(rng, test=False, turns=_TURNS)[0] for _ in range(calls)),
     }
     return {name: _write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in records.items()}
 

@@ -20,6 +20,7 @@ from glm45_jax.model.layers import linear, rms_norm, rotate
 
 _MASKED = -1e30  # finite, so that a row that sees nothing (padding) stays free of NaN
 _SCORE_BYTES = 1 << 28  # of one chunk of float32 scores
+_WHOLE_BYTES = 1 << 25  # of scores that are kept for the backward pass rather than recomputed
 _UNROLLED_CHUNKS = 8
 
 
@@ -51,10 +52,11 @@ def attend(
     batch, queries, num_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     q = (q * head_dim**-0.5).reshape(batch, queries, kv_heads, num_heads // kv_heads, head_dim)
-    scores = jnp.einsum("bskgh,bkth->bkgst", q, k, preferred_element_type=jnp.float32)
-    seen = (jnp.arange(k.shape[2]) <= slots[..., None]) & (segment_ids[..., None] == kv_segment_ids[:, None])
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgst,bkth->bskgh", weights, v).reshape(batch, queries, num_heads, head_dim)
+    # keys before queries: a softmax along an outer axis is the one that vectorises on CPU, and no other platform minds
+    scores = jnp.einsum("bkth,bskgh->bktgs", k, q, preferred_element_type=jnp.float32)
+    seen = (jnp.arange(k.shape[2])[:, None] <= slots[:, None]) & (kv_segment_ids[..., None] == segment_ids[:, None])
+    weights = jax.nn.softmax(jnp.where(seen[:, None, :, None], scores, _MASKED), axis=2).astype(q.dtype)
+    return jnp.einsum("bktgs,bkth->bskgh", weights, v).reshape(batch, queries, num_heads, head_dim)
 
 
 def attend_one(
@@ -103,7 +105,9 @@ def attend_causal(
 
 
 def _chunk(rows: int, length: int) -> int:
-    """Queries of one chunk: an eighth of the sequence, at least 128, fewer where the scores would be too large."""
+    """Queries of a chunk: all where scores are few, else an eighth of the sequence but at least 128, memory allowing."""
+    if rows * length * length * 4 <= _WHOLE_BYTES:
+        return length
     chunk = max(128, math.ceil(length / _UNROLLED_CHUNKS / 128) * 128)
     while chunk > 16 and rows * chunk * length * 4 > _SCORE_BYTES:
         chunk //= 2

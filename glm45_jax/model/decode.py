@@ -134,7 +134,8 @@ def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
         # XLA's CPU matmul wants its operand copied out of the stack: a row at a time keeps the copy small and cached
         def one(row):
             keys, values = (
-                jax.lax.dynamic_slice(x, (layer, row, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0].astype(q.dtype) for x in (k, v)
+                jax.lax.dynamic_slice(x, (layer, row, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0].astype(q.dtype)
+                for x in (k, v)
             )
             seen = (jnp.arange(k.shape[3]) <= slots[row, 0]) & (kv_segments[row] == segments[row, 0])
             return attend_one(q[row, 0], keys, values, seen)
@@ -149,9 +150,12 @@ def _write(
     stack: Float[Array, "L B K T h"], new: Float[Array, "B K 1 h"], layer: Int[Array, ""], slots: Int[Array, " B"]
 ) -> Float[Array, "L B K T h"]:
     """Puts one token of each row into its slot: one small update a row, which XLA does in place."""
-    for row in range(new.shape[0]):
-        update = new[row][None, None].astype(stack.dtype)
-        stack = jax.lax.dynamic_update_slice(stack, update, (layer, row, 0, slots[row], 0))
+
+    def write(row, stack):
+        update = jax.lax.dynamic_index_in_dim(new, row)[None].astype(stack.dtype)
+        return jax.lax.dynamic_update_slice(stack, update, (layer, row, 0, slots[row], 0))
+
+    stack = jax.lax.fori_loop(0, new.shape[0], write, stack, unroll=new.shape[0] <= 8)
     if stack.shape[-1] % 128 == 0:  # else XLA for TPU turns a float32 cache into another layout, and back, every step
         stack = with_layout_constraint(stack, Layout(major_to_minor=tuple(range(stack.ndim))))
     return stack

@@ -45,6 +45,7 @@ class TrainConfig:
     mtp_loss_weight: float = 0.3  # 0.1 in the last part of the paper's pre-training
     balance_loss_weight: float = 1e-4  # sequence-level balance loss
     bias_update_rate: float = 1e-3  # loss-free balance; 0 leaves the selection bias alone
+    max_minutes: float | None = None  # the run is over here at the latest; None: no limit
     seed: int = 0
 
     data: DataConfig | None = None

@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,11 @@ def _run(
     eval_start = None if held_out is None else held_out.get_state()
     tokens, metrics, step = 0, None, int(state.step)
     saved = checkpoints.latest
+    deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
     while step < config.steps and not stop.is_set():
+        if time.monotonic() > deadline:
+            reporter.say(f"{config.max_minutes:g} minutes are over after {step} of {config.steps} steps")
+            break
         batch = next(data, None)
         if batch is None:
             reporter.say(f"the data end after {step} of {config.steps} steps")

@@ -1,0 +1,111 @@
+"""Every implementation of grouped_matmul against float64, values and gradients, at awkward sizes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import blocks
+
+IMPLEMENTATIONS = ("reference", "cpu")
+
+# rows of each group, rows past the last group, K, N
+CASES = {
+    "even": ([8, 8, 8], 0, 16, 12),
+    "empty groups": ([0, 5, 0, 7, 0], 0, 8, 4),
+    "all in one": ([0, 0, 300, 0], 0, 5, 3),
+    "rows past the end": ([3, 130, 1], 9, 7, 11),
+    "one row": ([0, 1, 0], 0, 3, 2),
+    "no rows routed": ([0, 0], 4, 3, 2),
+    "around a block": ([127, 128, 129], 1, 6, 5),
+    "primes": ([13, 2, 31, 17, 3], 2, 13, 7),
+}
+
+
+def _expected(lhs, rhs, sizes):
+    out, start = np.zeros((len(lhs), rhs.shape[2])), 0
+    for group, size in enumerate(sizes):
+        out[start : start + size] = lhs[start : start + size] @ rhs[group]
+        start += size
+    return out
+
+
+def _inputs(case, seed=0):
+    sizes, past, k, n = CASES[case]
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(sum(sizes) + past, k)), rng.normal(size=(len(sizes), k, n)), np.asarray(sizes, np.int32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("transpose", [False, True], ids=["KN", "NK"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str, transpose: bool, implementation: str) -> None:
+    lhs, rhs, sizes = _inputs(case)
+    dout = np.random.default_rng(1).normal(size=(len(lhs), rhs.shape[2]))
+    given = np.swapaxes(rhs, 1, 2) if transpose else rhs
+
+    def product(lhs, rhs):
+        return grouped_matmul(lhs, rhs, jnp.asarray(sizes), transpose_rhs=transpose, implementation=implementation)
+
+    out, pull = jax.vjp(product, jnp.asarray(lhs, jnp.float32), jnp.asarray(given, jnp.float32))
+    dlhs, drhs = pull(jnp.asarray(dout, jnp.float32))
+    np.testing.assert_allclose(out, _expected(lhs, rhs, sizes), atol=2e-5)
+    np.testing.assert_allclose(dlhs, _expected(dout, np.swapaxes(rhs, 1, 2), sizes), atol=2e-5)
+    start, expected = 0, np.zeros_like(rhs)
+    for group, size in enumerate(sizes):
+        expected[group] = lhs[start : start + size].T @ dout[start : start + size]
+        start += size
+    np.testing.assert_allclose(np.swapaxes(drhs, 1, 2) if transpose else drhs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_of_a_stack(implementation: str) -> None:
+    lhs, rhs, sizes = _inputs("primes")
+    stack = jnp.asarray(np.stack([rhs * 0, rhs, rhs * 2]), jnp.float32)
+    lhs32, sizes = jnp.asarray(lhs, jnp.float32), jnp.asarray(sizes)
+
+    def product(stack, layer):
+        return grouped_matmul(lhs32, stack, sizes, layer=layer, implementation=implementation)
+
+    out = jax.jit(product)(stack, jnp.int32(2))
+    np.testing.assert_allclose(out, _expected(lhs, rhs * 2, np.asarray(sizes)), atol=1e-4)
+    gradient = jax.grad(lambda s: product(s, 1).sum())(stack)
+    assert (gradient[0] == 0).all() and (gradient[2] == 0).all() and (gradient[1] != 0).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_accumulates_in_float32(implementation: str) -> None:
+    """256 products of about one: a bfloat16 sum would stop growing at 256."""
+    lhs = jnp.ones((4, 1024), jnp.bfloat16)
+    rhs = jnp.ones((1, 1024, 8), jnp.bfloat16)
+    out = grouped_matmul(lhs, rhs, jnp.array([4]), preferred_element_type=jnp.float32, implementation=implementation)
+    assert out.dtype == jnp.float32 and (out == 1024).all()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    lhs, rhs, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 5, 6)), jnp.array([2, 2])
+    with pytest.raises(ValueError, match="don't fit"):
+        grouped_matmul(lhs, rhs, sizes)
+    with pytest.raises(ValueError, match="2 groups"):
+        grouped_matmul(jnp.zeros((4, 5)), rhs, jnp.array([4]))
+    with pytest.raises(ValueError, match="no implementation is called fast"):
+        grouped_matmul(jnp.zeros((4, 5)), rhs, sizes, implementation="fast")
+
+
+@pytest.mark.parametrize("singles", [0, 3])
+def test_blocks_cover_every_row_once_in_order(singles: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sizes = rng.integers(0, 40, size=6) * rng.integers(0, 2, size=6)
+        total = max(int(sizes.sum()), 1)
+        work = blocks.cut(jnp.asarray(sizes), total, 16, singles)
+        assert int(work.count) <= len(work.start)
+        seen = [(int(g), int(s) + i) for g, s, r in zip(*work[:3]) for i in range(int(r))][: int(sizes.sum())]
+        groups = np.repeat(np.arange(6), sizes)
+        assert seen == [(int(group), row) for row, group in enumerate(groups)]
+        if singles:
+            small = np.isin(np.asarray(work.group), np.flatnonzero(sizes <= singles))
+            assert (np.asarray(work.rows)[small & (np.asarray(work.rows) > 0)] == 1).all()
