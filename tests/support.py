@@ -66,6 +66,35 @@ def load_oracle(path: Path) -> Oracle:
     return Oracle(oracle_name(path), path, config, params, arrays | computed)
 
 
+def published_gradient(grads: Any, config: ModelConfig, name: str) -> np.ndarray:
+    """The gradient of the parameter that transformers calls `name` (experts fused: [E, 2F, D], gate rows first)."""
+    outer = {"model.embed_tokens.weight": "embed", "lm_head.weight": "head", "model.norm.weight": "final_norm"}
+    if name in outer:
+        return next(iter(grads[outer[name]].values()))
+    _, _, layer, *rest = name.split(".")
+    dense = config.first_k_dense_replace
+    kind, index = ("dense_layers", int(layer)) if int(layer) < dense else ("moe_layers", int(layer) - dense)
+    tree = jax.tree.map(lambda leaf: leaf[index], grads[kind])
+    match rest:
+        case ["input_layernorm" | "post_attention_layernorm" as norm, "weight"]:
+            return tree[{"input_layernorm": "input_norm"}.get(norm, "post_attention_norm")]["scale"]
+        case ["self_attn", "q_norm" | "k_norm" as norm, "weight"]:
+            return tree["attention"][norm]["scale"]
+        case ["self_attn", projection, what]:
+            return tree["attention"][projection.removesuffix("_proj")][what]
+        case ["mlp", "gate", "weight"]:
+            return tree["moe"]["router"]["weight"]
+        case ["mlp", "experts", "gate_up_proj"]:
+            return np.concatenate([tree["moe"]["experts"]["gate"], tree["moe"]["experts"]["up"]], axis=1)
+        case ["mlp", "experts", "down_proj"]:
+            return tree["moe"]["experts"]["down"]
+        case ["mlp", "shared_experts", projection, "weight"]:
+            return tree["moe"]["shared"][projection.removesuffix("_proj")]["weight"]
+        case ["mlp", projection, "weight"]:
+            return tree["mlp"][projection.removesuffix("_proj")]["weight"]
+    raise KeyError(name)
+
+
 # --- random models ---------------------------------------------------------------------------------------------------
 
 

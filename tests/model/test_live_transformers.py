@@ -1,7 +1,6 @@
-"""Fresh random models, each built by transformers and by us in the same run, must agree: forward, gradients, MTP.
+"""Fresh random models, each computed by transformers and by us in the same run: forward, loss, gradients, MTP, rotary.
 
-The fixtures hold the same cases with seeds kept clear of ties; here new seeds are drawn, so positions that follow a
-near-tie of the router are left out of the comparison.
+The fixtures keep the same ground covered without transformers; here the seeds, and some sizes, are others.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import pytest
 
 import glm45_jax as glm
 from glm45_jax.model.layers import rotary_tables
-from tests.support import quick_jit
+from tests.support import published_gradient, quick_jit
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -61,14 +60,21 @@ def test_forward(pair) -> None:
             for i in range(config.num_moe_layers):
                 indices = np.sort(np.asarray(out.router.indices[i]), -1).reshape(-1, config.num_experts_per_tok)
                 np.testing.assert_array_equal(indices, expected[f"router_indices_{i}"])
+    if config.has_mtp:
+        mtp = quick_jit(glm.mtp_forward, static_argnums=1)(params, config, inputs["input_ids"])
+        np.testing.assert_allclose(mtp.logits, expected["mtp_logits"], atol=2e-5, rtol=0)
 
 
-def test_mtp(pair) -> None:
+def test_gradients(pair) -> None:
     config, params, inputs, expected, _ = pair
-    if not config.has_mtp:
-        pytest.skip("this case has no MTP layer")
-    out = quick_jit(glm.mtp_forward, static_argnums=1)(params, config, inputs["input_ids"])
-    np.testing.assert_allclose(out.logits, expected["mtp_logits"], atol=2e-5, rtol=0)
+    mask = inputs["mask_right"]
+    batch = {"tokens": inputs["input_ids"], "segment_ids": mask, "loss_mask": mask}
+    slope = quick_jit(jax.value_and_grad(lambda p: glm.loss_fn(p, config, batch)[1]["cross_entropy"]))
+    loss, grads = slope(params)
+    assert loss == pytest.approx(float(expected["loss"]), abs=1e-6)
+    for name in (name.removeprefix("grad:") for name in expected if name.startswith("grad:")):
+        ours = published_gradient(grads, config, name)
+        np.testing.assert_allclose(ours, expected[f"grad:{name}"], atol=2e-5, rtol=1e-4, err_msg=name)
 
 
 def test_rotary_angles_far_out() -> None:

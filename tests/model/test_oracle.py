@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import glm45_jax as glm
-from tests.support import FIXTURES, Oracle, oracle_paths, quick_jit
+from tests.support import FIXTURES, oracle_paths, published_gradient, quick_jit
 
 TOLERANCE = 2e-5
 MASKS = ("full", "left", "right")
@@ -85,6 +85,11 @@ def test_mtp(path, oracles) -> None:
     mtp = quick_jit(glm.mtp_forward, static_argnums=1)(o.params, o.config, o["input_ids"])
     np.testing.assert_allclose(mtp.logits, o["mtp_logits"], atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(mtp.hidden, o["mtp_hidden"], atol=TOLERANCE, rtol=0)
+    # position t predicts token t + 2, so the last position has no target
+    log_probs = jax.nn.log_softmax(o["mtp_logits"][:, :-1])
+    expected = -np.take_along_axis(np.asarray(log_probs), o["input_ids"][:, 2:, None], -1).mean()
+    _, metrics = quick_jit(glm.loss_fn, static_argnums=1)(o.params, o.config, {"tokens": o["input_ids"]})
+    assert metrics["mtp_cross_entropy"] == pytest.approx(float(expected), abs=1e-5)
 
 
 def cross_entropy(params: Any, config: Any, batch: Any) -> jax.Array:
@@ -105,42 +110,13 @@ def test_loss_and_gradients(path, oracles) -> None:
     for name in names:
         expected = o[name]
         scale = max(1.0, float(np.abs(expected).max()))
-        ours = published_gradient(grads, o, name.removeprefix("grad:"))
+        ours = published_gradient(grads, o.config, name.removeprefix("grad:"))
         np.testing.assert_allclose(ours, expected, atol=TOLERANCE * scale, rtol=0, err_msg=name)
 
 
 def same(ours: Any, theirs: np.ndarray, mask: np.ndarray) -> None:
     real = mask == 1
     np.testing.assert_allclose(np.asarray(ours)[real], theirs[real], atol=TOLERANCE, rtol=0)
-
-
-def published_gradient(grads: Any, o: Oracle, name: str) -> np.ndarray:
-    """The gradient of the parameter that transformers calls `name` (experts fused: [E, 2F, D], gate rows first)."""
-    outer = {"model.embed_tokens.weight": "embed", "lm_head.weight": "head", "model.norm.weight": "final_norm"}
-    if name in outer:
-        return next(iter(grads[outer[name]].values()))
-    _, _, layer, *rest = name.split(".")
-    dense = o.config.first_k_dense_replace
-    kind, index = ("dense_layers", int(layer)) if int(layer) < dense else ("moe_layers", int(layer) - dense)
-    tree = jax.tree.map(lambda leaf: leaf[index], grads[kind])
-    match rest:
-        case ["input_layernorm" | "post_attention_layernorm" as norm, "weight"]:
-            return tree[{"input_layernorm": "input_norm"}.get(norm, "post_attention_norm")]["scale"]
-        case ["self_attn", "q_norm" | "k_norm" as norm, "weight"]:
-            return tree["attention"][norm]["scale"]
-        case ["self_attn", projection, what]:
-            return tree["attention"][projection.removesuffix("_proj")][what]
-        case ["mlp", "gate", "weight"]:
-            return tree["moe"]["router"]["weight"]
-        case ["mlp", "experts", "gate_up_proj"]:
-            return np.concatenate([tree["moe"]["experts"]["gate"], tree["moe"]["experts"]["up"]], axis=1)
-        case ["mlp", "experts", "down_proj"]:
-            return tree["moe"]["experts"]["down"]
-        case ["mlp", "shared_experts", projection, "weight"]:
-            return tree["moe"]["shared"][projection.removesuffix("_proj")]["weight"]
-        case ["mlp", projection, "weight"]:
-            return tree["mlp"][projection.removesuffix("_proj")]["weight"]
-    raise KeyError(name)
 
 
 def test_the_fixtures_cover_every_option(oracles) -> None:

@@ -1,0 +1,88 @@
+"""The operations inside a layer, where the oracles are too small or too exact to see them: bfloat16, long sequences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from glm45_jax.model import attention
+from glm45_jax.model.layers import rms_norm, rotary_tables, rotate
+from tests.support import quick_jit, small_config
+
+
+def test_rms_norm_multiplies_after_the_cast() -> None:
+    """As the published model does: scale * bfloat16(x / rms), not bfloat16(scale * x / rms)."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 32)).astype(ml_dtypes.bfloat16)
+    scale = (1 + 0.2 * rng.standard_normal(32)).astype(ml_dtypes.bfloat16)
+    x32 = x.astype(np.float32)
+    normed = x32 / np.sqrt((x32**2).mean(-1, keepdims=True) + 1e-5)
+    ours = np.asarray(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5))
+    assert ours.dtype == ml_dtypes.bfloat16
+    after = scale * normed.astype(ml_dtypes.bfloat16)
+    before = (scale.astype(np.float32) * normed).astype(ml_dtypes.bfloat16)
+    assert (ours == after).mean() > 0.99 and (ours == before).mean() < 0.9
+
+
+def test_rotation_pairs_the_halves_of_the_first_dimensions() -> None:
+    config = small_config(head_dim=16, partial_rotary_factor=0.5, rope_theta=1e4)
+    x = np.random.default_rng(0).standard_normal((1, 3, 2, 16)).astype(np.float32)
+    positions = np.array([[0, 5, 100]])
+    out = np.asarray(rotate(jnp.asarray(x), *rotary_tables(config, jnp.asarray(positions))))
+    np.testing.assert_array_equal(out[..., 8:], x[..., 8:])
+    np.testing.assert_array_equal(out[:, 0], x[:, 0])
+    for i in range(4):  # pair i is dimensions i and i + 4, turned by position * theta^(-2i/8)
+        angle = positions[0] * 1e4 ** (-2 * i / 8)
+        pair = (x[0, :, :, i] + 1j * x[0, :, :, i + 4]) * np.exp(1j * angle)[:, None]
+        np.testing.assert_allclose(out[0, :, :, i] + 1j * out[0, :, :, i + 4], pair, atol=1e-5)
+
+
+def test_angles_stay_float32_under_bfloat16() -> None:
+    """Position 1001 in bfloat16 would be 1000: an angle wrong by a radian."""
+    tables = [rotary_tables(small_config(dtype=dtype), jnp.array([[1001, 4097]])) for dtype in ("float32", "bfloat16")]
+    for exact, rounded in zip(*tables):
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(rounded, np.float32), exact, atol=4e-3)
+
+
+def plain_attention(q, k, v, segments):
+    """Every score at once, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    groups = q.shape[2] // k.shape[1]
+    k, v = (np.repeat(x, groups, axis=1) for x in (k, v))
+    scores = np.einsum("bshd,bhtd->bhst", q, k) * q.shape[-1] ** -0.5
+    place = np.arange(q.shape[1])
+    seen = (place[:, None] >= place) & (segments[:, :, None] == segments[:, None])
+    scores = np.where(seen[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhst,bhtd->bshd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("path", ["one", "unrolled", "mapped"])
+def test_chunked_attention(path: str, monkeypatch) -> None:
+    """All three ways through long sequences, with gradients; chunks divide neither the length nor the segments."""
+    monkeypatch.setattr(attention, "_WHOLE_BYTES", 1 << 19)
+    monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 28 if path != "mapped" else 1 << 16)
+    length = 100 if path == "one" else 300
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, length, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 2, length, 8)), jnp.float32) for _ in range(2))
+    segments = np.ones((2, length), np.int32)
+    segments[1, length // 3 :] = 2
+    chunk = attention._chunk(2 * 4, length)
+    assert {"one": chunk == length, "unrolled": 128 <= chunk < length, "mapped": length > 8 * chunk}[path]
+
+    run = lambda q, k, v: attention.attend_causal(q, k, v, jnp.asarray(segments))  # noqa: E731
+    np.testing.assert_allclose(quick_jit(run)(q, k, v), plain_attention(q, k, v, segments), atol=1e-5)
+
+    target = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    whole = lambda q, k, v: attention.attend(  # noqa: E731
+        q, k, v, slots=jnp.broadcast_to(jnp.arange(length), segments.shape),
+        segment_ids=jnp.asarray(segments), kv_segment_ids=jnp.asarray(segments),
+    )  # fmt: skip
+    slopes = [quick_jit(jax.grad(lambda *x, f=f: jnp.vdot(f(*x), target), (0, 1, 2)))(q, k, v) for f in (run, whole)]
+    for ours, expected in zip(*slopes):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
