@@ -71,7 +71,7 @@ def test_gradients(pair) -> None:
     batch = {"tokens": inputs["input_ids"], "segment_ids": mask, "loss_mask": mask}
     slope = quick_jit(jax.value_and_grad(lambda p: glm.loss_fn(p, config, batch)[1]["cross_entropy"]))
     loss, grads = slope(params)
-    assert loss == pytest.approx(float(expected["loss"]), abs=1e-6)
+    assert loss == pytest.approx(float(expected["loss"]), abs=5e-6)
     for name in (name.removeprefix("grad:") for name in expected if name.startswith("grad:")):
         ours = published_gradient(grads, config, name)
         np.testing.assert_allclose(ours, expected[f"grad:{name}"], atol=2e-5, rtol=1e-4, err_msg=name)

@@ -104,7 +104,7 @@ def test_loss_and_gradients(path, oracles) -> None:
     o = oracles(path)
     mask = o["mask_right"]
     loss, grads = slope(o.params, o.config, {"tokens": o["input_ids"], "segment_ids": mask, "loss_mask": mask})
-    assert loss == pytest.approx(float(o["loss"]), abs=1e-6)
+    assert loss == pytest.approx(float(o["loss"]), abs=5e-6)
     names = [name for name in o.arrays if name.startswith("grad:")]
     assert len(names) > 10
     for name in names:
