@@ -7,7 +7,6 @@ import dataclasses
 import tyro
 from rich.console import Console
 
-# tyro shows the class's docstring as help
 _EXIT_INTERRUPTED = 130
 
 
@@ -38,7 +37,8 @@ class Train:
 
 
 def main(argv: list[str]) -> int:
-    args = tyro.cli(Train, args=argv, prog="glm45 train")
+    flags_last = sorted(argv, key=lambda argument: argument.startswith("-"))  # tyro takes no key=value behind a flag
+    args = tyro.cli(Train, args=flags_last, prog="glm45 train")
     from glm45_jax.train import export_newest, load_train_config, train
     from glm45_jax.train.config import to_tree
 

@@ -6,8 +6,10 @@ bit for bit is there: parameters (the routers' selection bias among them), optim
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ class Checkpoints:
         """Starts saving; returns when the state may be changed again."""
         about = {"data": data, "model": dataclasses.asdict(model)}
         saving = ocp.args.Composite(state=ocp.args.StandardSave(_to_saved(state)), about=ocp.args.JsonSave(about))
-        self._manager.save(int(state.step), args=saving)
+        with self._explained():  # also of the save before, which ran beside the steps
+            self._manager.save(int(state.step), args=saving)
 
     def restore(self, like: TrainState, model: ModelConfig) -> tuple[TrainState, dict[str, Any] | None] | None:
         """State and data position of the newest checkpoint that can be read; None where there is none.
@@ -81,10 +84,21 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what is being saved is whole on disk."""
-        self._manager.wait_until_finished()
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk, a folder gone, or what Orbax makes of them
+            raise UserError(
+                f"saving a checkpoint in {self._folder} failed: {type(error).__name__}: {str(error)[:300]}. "
+                "Is the disk full? The same command goes on from the newest whole checkpoint"
+            ) from error
 
     def _read(self, step: int, **item: Any) -> Any:
         (name,) = item

@@ -49,7 +49,10 @@ def start(folder, name, *more):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, err
     return out.strip().splitlines()[-1]
 
@@ -104,10 +107,10 @@ def test_killed_in_a_save_and_at_random(folder, reference):
 def test_killed_at_many_moments(folder, reference):
     """From the first second of the process to its last, over and over."""
     rng, kills = random.Random(1), 0
-    for _ in range(12):
+    for _ in range(8):
         end = time.monotonic() + rng.uniform(0.5, 9)
         kills += kill_when(start(folder, "many"), lambda end=end: time.monotonic() > end)
-    assert kills >= 5
+    assert kills >= 4
     assert finish(start(folder, "many")) == reference[0]
     assert losses(folder, "many") == reference[1]
 

@@ -95,6 +95,15 @@ def test_when_no_checkpoint_can_be_read(run_config, reference):
         train(run_config)
 
 
+def test_a_save_that_fails_is_told(run_config, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(run_config)
+
+
 def test_only_the_newest_are_kept(run_config, reference):
     assert sorted(p.name for p in (Path(run_config.output_dir) / "checkpoints").iterdir()) == ["12", "8"]
 

@@ -113,6 +113,8 @@ def test_command(tmp_path, capsys):
     assert main(["train", str(file), "steps=20", "--show"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["steps"] == 20 and shown["model"]["vocab_size"] == 320
+    assert main(["train", str(file), "--show", "steps=30"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["steps"] == 30
     assert main(["train", str(file), "stepz=20"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert main(["train", str(file)]) == 2
