@@ -84,8 +84,15 @@ def train_config(output: Path, *, steps: int = _STEPS, minutes: float | None = N
     from glm45_jax.train import TrainConfig
     from glm45_jax.train.optimizer import OptimizerConfig
 
-    files = write_quickstart_data(output / "data", seed=seed, sums=20_000, calls=4_000, text_bytes=6_000_000)
-    shares = {"library": (0.1, "concat"), "sums": (0.45, "best_fit"), "calls": (0.45, "best_fit")}
+    files = write_quickstart_data(
+        output / "data", seed=seed, sums=20_000, calls=4_000, repeats=20_000, text_bytes=6_000_000
+    )
+    shares = {
+        "library": (0.06, "concat"),
+        "sums": (0.36, "best_fit"),
+        "calls": (0.33, "best_fit"),
+        "repeats": (0.25, "best_fit"),
+    }
     sources = tuple(SourceConfig(path=(str(files[k]),), weight=w, packing=p) for k, (w, p) in shares.items())
     return TrainConfig(
         model=get_preset("mini"),

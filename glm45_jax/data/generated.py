@@ -116,13 +116,13 @@ class Tool(NamedTuple):
 
 TOOLS = (
     Tool("get_weather", "Weather in a city", {"city": "string"},
-         ("What is the weather in {city}?", "Is it cold in {city} today?", "Tell me the weather for {city}.")),
+         ('What is the weather in "{city}"?', 'Is it cold in "{city}" today?', 'Tell me the weather for "{city}".')),
     Tool("set_timer", "Start a timer", {"minutes": "integer"},
          ("Set a timer for {minutes} minutes.", "Wake me in {minutes} minutes.", "Timer, {minutes} minutes please.")),
     Tool("search", "Search the web", {"query": "string"},
-         ("Search for {query}.", "Find {query} on the web.", "Look up {query}, please.")),
+         ('Search for "{query}".', 'Find "{query}" on the web.', 'Look up "{query}", please.')),
     Tool("book_table", "Book a table", {"city": "string", "people": "integer"},
-         ("Book a table for {people} in {city}.", "I need a table in {city} for {people} people.")),
+         ('Book a table for {people} in "{city}".', 'I need a table in "{city}" for {people} people.')),
 )  # fmt: skip
 
 
@@ -168,17 +168,31 @@ def call_conversation(rng: random.Random, *, test: bool, turns: int = 1) -> tupl
     return {"messages": messages, "tools": [t.schema for t in tools]}, call
 
 
+# --- repeating ---------------------------------------------------------------------------------------------------
+
+
+def repeat_conversation(rng: random.Random) -> Conversation:
+    """A few words and numbers to say again: teaches to copy, which calls need, in few tokens."""
+    words = [rng.choice((*_CITIES, *_KINDS, *_THINGS, str(rng.randint(0, 99)))) for _ in range(rng.randint(1, 6))]
+    said = " ".join(words)
+    messages = [{"role": "user", "content": f'Repeat "{said}".'}, {"role": "assistant", "content": said}]
+    return {"messages": messages, "enable_thinking": False}
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def write_quickstart_data(folder: Path, *, seed: int, sums: int, calls: int, text_bytes: int) -> dict[str, Path]:
-    """Writes `library.jsonl`, `sums.jsonl` and `calls.jsonl` for training; the same for the same seed and Python."""
+def write_quickstart_data(
+    folder: Path, *, seed: int, sums: int, calls: int, repeats: int, text_bytes: int
+) -> dict[str, Path]:
+    """Writes training data, `library.jsonl` and so on; the same for the same seed and Python."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     records = {
         "library": ({"text": text} for text in standard_library(text_bytes)),
         "sums": (sum_conversation(draw_sum(rng, test=False), rng, thinking=i % 4 > 0) for i in range(sums)),
         "calls": (call_conversation(rng, test=False, turns=_TURNS)[0] for _ in range(calls)),
+        "repeats": (repeat_conversation(rng) for _ in range(repeats)),
     }
     return {name: _write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in records.items()}
 

@@ -20,7 +20,7 @@ from glm45_jax.model.layers import linear, rms_norm, rotate
 
 _MASKED = -1e30  # finite, so that a row that sees nothing (padding) stays free of NaN
 _SCORE_BYTES = 1 << 28  # of one chunk of float32 scores
-_WHOLE_BYTES = 1 << 25  # of scores that are kept for the backward pass rather than recomputed
+_KEPT_BYTES = 1 << 26  # of scores that the backward pass may find stored; above they are recomputed
 _UNROLLED_CHUNKS = 8
 
 
@@ -74,7 +74,7 @@ def attend_causal(
 ) -> Float[Array, "B S H h"]:
     """Attention of a whole sequence to itself, in chunks of queries, each against the keys up to its own end only.
 
-    Chunks bound the memory of the scores, forward and (recomputed) backward.
+    Chunks leave out the keys that no query of theirs may see, and bound the memory of the scores.
     """
     length = q.shape[1]
     chunk = _chunk(q.shape[0] * q.shape[2], length)
@@ -85,11 +85,12 @@ def attend_causal(
     q = jnp.pad(q, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
     query_segments = jnp.pad(segment_ids, ((0, 0), (0, padded - length)))
 
-    @jax.checkpoint
     def one(start, q_chunk, segments, k, v, kv_segments):
         slots = jnp.broadcast_to(start + jnp.arange(chunk), segments.shape)
         return attend(q_chunk, k, v, slots=slots, segment_ids=segments, kv_segment_ids=kv_segments)
 
+    if q.shape[0] * q.shape[2] * length * length * 4 > _KEPT_BYTES:
+        one = jax.checkpoint(one)
     starts = range(0, padded, chunk)
     if len(starts) <= _UNROLLED_CHUNKS:
         out = [
@@ -105,9 +106,7 @@ def attend_causal(
 
 
 def _chunk(rows: int, length: int) -> int:
-    """Queries of a chunk: all where scores are few, else an eighth of the sequence but at least 128, memory allowing."""
-    if rows * length * length * 4 <= _WHOLE_BYTES:
-        return length
+    """Queries of one chunk: an eighth of the sequence, at least 128, fewer where the scores would be too large."""
     chunk = max(128, math.ceil(length / _UNROLLED_CHUNKS / 128) * 128)
     while chunk > 16 and rows * chunk * length * 4 > _SCORE_BYTES:
         chunk //= 2

@@ -53,7 +53,7 @@ def test_standard_library_is_bounded() -> None:
 
 
 def test_files_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    sizes = {"sums": 50, "calls": 10, "text_bytes": 10_000}
+    sizes = {"sums": 50, "calls": 10, "repeats": 10, "text_bytes": 10_000}
     first = write_quickstart_data(tmp_path / "a", seed=3, **sizes)
     second = write_quickstart_data(tmp_path / "b", seed=3, **sizes)
     other = write_quickstart_data(tmp_path / "c", seed=4, **sizes)
