@@ -88,10 +88,11 @@ def train_config(output: Path, *, steps: int = _STEPS, minutes: float | None = N
         output / "data", seed=seed, sums=20_000, calls=4_000, repeats=20_000, text_bytes=6_000_000
     )
     shares = {
-        "library": (0.06, "concat"),
-        "sums": (0.36, "best_fit"),
-        "calls": (0.33, "best_fit"),
-        "repeats": (0.25, "best_fit"),
+        "library": (0.05, "concat"),
+        "sums": (0.37, "best_fit"),
+        "calls": (0.2, "best_fit"),
+        "bare_calls": (0.2, "best_fit"),
+        "repeats": (0.18, "best_fit"),
     }
     sources = tuple(SourceConfig(path=(str(files[k]),), weight=w, packing=p) for k, (w, p) in shares.items())
     return TrainConfig(

@@ -148,8 +148,12 @@ def draw_call(rng: random.Random, *, test: bool, tools: Sequence[Tool] = TOOLS) 
             return call
 
 
-def call_conversation(rng: random.Random, *, test: bool, turns: int = 1) -> tuple[Conversation, Call]:
+def call_conversation(
+    rng: random.Random, *, test: bool, turns: int = 1, offer: bool = True
+) -> tuple[Conversation, Call]:
     """One or two tools on offer, and questions that each take a call; also returns the last call.
+
+    Without `offer` the tools' schemas are left out: most of the text, of which little is to be learned.
 
     The model thinks before the last call, as it does in its current turn; earlier turns show no thoughts, as in every
     history.
@@ -164,8 +168,9 @@ def call_conversation(rng: random.Random, *, test: bool, turns: int = 1) -> tupl
         messages += [{"role": "user", "content": question}, answer]
         if turn < turns - 1:
             messages += [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}]
-    answer["reasoning_content"] = f"I need {call.name}."
-    return {"messages": messages, "tools": [t.schema for t in tools]}, call
+    noted = ", ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in call.arguments.values())
+    answer["reasoning_content"] = f"{noted}: {call.name}"
+    return {"messages": messages} | ({"tools": [t.schema for t in tools]} if offer else {}), call
 
 
 # --- repeating ---------------------------------------------------------------------------------------------------
@@ -192,6 +197,7 @@ def write_quickstart_data(
         "library": ({"text": text} for text in standard_library(text_bytes)),
         "sums": (sum_conversation(draw_sum(rng, test=False), rng, thinking=i % 4 > 0) for i in range(sums)),
         "calls": (call_conversation(rng, test=False, turns=_TURNS)[0] for _ in range(calls)),
+        "bare_calls": (call_conversation(rng, test=False, offer=False)[0] for _ in range(2 * calls)),
         "repeats": (repeat_conversation(rng) for _ in range(repeats)),
     }
     return {name: _write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in records.items()}

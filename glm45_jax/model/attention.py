@@ -101,7 +101,7 @@ def attend_causal(
         return jnp.concatenate(out, axis=1)[:, :length]
     split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
     inputs = (jnp.arange(0, padded, chunk), split(q), split(query_segments))
-    out = jax.lax.map(lambda args: one(*args, k, v, segment_ids), inputs)
+    out = jax.lax.map(lambda x: one(x[0], x[1], x[2], k, v, segment_ids), inputs)
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)[:, :length]
 
 

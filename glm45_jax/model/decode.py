@@ -115,8 +115,8 @@ def decode_step(
     kv_segment_ids = cache.segment_ids.at[jnp.arange(batch), slots].set(cache.segment)
 
     def attention(q, k, v, kv, layer):
-        kv = tuple(_write(stack, new, layer, slots) for stack, new in zip(kv, (k, v)))
-        return _attend_cached(q, *kv, layer, slots[:, None], rows.segment_ids, kv_segment_ids), kv
+        k, v = (_write(stack, new, layer, slots) for stack, new in zip(kv, (k, v)))
+        return _attend_cached(q, k, v, layer, slots[:, None], rows.segment_ids, kv_segment_ids), (k, v)
 
     h, (k, v) = _layers(params, config, tokens[:, None], rows, (cache.k, cache.v), attention)
     cache = KVCache(k, v, kv_segment_ids, cache.length + 1, cache.position + 1, cache.segment)

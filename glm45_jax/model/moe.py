@@ -95,7 +95,7 @@ def routed_experts(
     place = jnp.argsort(order)  # where each (token, choice) went
     sizes = jnp.bincount(flat, length=config.n_routed_experts).astype(jnp.int32)
 
-    def product(lhs: Array, weight: Any) -> Array:
+    def product(lhs: Any, weight: Any) -> Array:
         rhs = weight[...].astype(lhs.dtype)
         return grouped_matmul(lhs, rhs, sizes, transpose_rhs=True, layer=layer, implementation=config.implementation)
 
