@@ -1,7 +1,8 @@
 """Speed beside transformers on this machine's CPU: prefill, decode and a training step, same weights, one run.
 
 Both sides get the same random weights in float32 and the same number of threads. Runs alternate, so that a machine
-whose speed drifts slows both; medians and their ratio are printed. transformers takes the best of its expert implementations.
+whose speed drifts slows both; medians and their ratio are printed. transformers takes the best of its implementations
+of the experts.
 
     python scripts/bench_peers.py                    # everything
     python scripts/bench_peers.py --only decode --json out.json
@@ -28,8 +29,8 @@ TRAIN = {
     "num_experts_per_tok": 4, "moe_intermediate_size": 256, "intermediate_size": 1408, "n_shared_experts": 1,
 }  # fmt: skip
 CONTEXT, NEW_TOKENS = 256, 64
-# The third, "batched_mm", copies the weights for every routed row: slowest by far at batch 1 (5 tokens/s where the others
-# make 21), and more memory than most machines have in prefill (17 GB) and training.
+# The third, "batched_mm", copies the weights for every routed row: slowest by far at batch 1 (5 tokens/s where the
+# others make 21), and more memory than most machines have in prefill (17 GB) and training.
 EXPERTS = ("eager", "grouped_mm")
 
 
