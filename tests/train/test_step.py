@@ -138,10 +138,19 @@ def test_learns_a_batch_by_heart():
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("changes", [{"num_nextn_predict_layers": 0}, {"first_k_dense_replace": 2}])
-def test_models_without_mtp_or_without_moe_layers(changes):
-    run = config().replace(model=MODEL.replace(**changes))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nextn_predict_layers": 0},
+        {"first_k_dense_replace": 2},
+        {"dtype": "bfloat16", "param_dtype": "bfloat16", "tie_word_embeddings": True, "n_shared_experts": 0},
+    ],
+)
+def test_a_step_keeps_shapes_and_dtypes(changes):
+    """Without MTP layer, without MoE layers in the main model, in bfloat16: what goes in comes out, and can go in."""
+    run = config(accumulation=2).replace(model=MODEL.replace(**changes))
     state = jax.eval_shape(functools.partial(init_state, run))
     batch = jax.eval_shape(make_batch)
-    after, _ = jax.eval_shape(functools.partial(train_step, config=run), state, batch)
+    after, metrics = jax.eval_shape(functools.partial(train_step, config=run), state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].dtype == jnp.float32
