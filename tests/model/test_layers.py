@@ -61,11 +61,13 @@ def plain_attention(q, k, v, segments):
     return np.einsum("bhst,bhtd->bshd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("path", ["one", "unrolled", "mapped"])
+@pytest.mark.parametrize("path", ["one", "unrolled", "recomputed", "mapped"])
 def test_chunked_attention(path: str, monkeypatch) -> None:
-    """All three ways through long sequences, with gradients; chunks divide neither the length nor the segments."""
-    monkeypatch.setattr(attention, "_WHOLE_BYTES", 1 << 19)
-    monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 28 if path != "mapped" else 1 << 16)
+    """All ways through long sequences, with gradients; chunks divide neither the length nor the segments."""
+    if path == "mapped":
+        monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 16)
+    if path == "recomputed":
+        monkeypatch.setattr(attention, "_KEPT_BYTES", 0)
     length = 100 if path == "one" else 300
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, length, 4, 8)), jnp.float32)
@@ -73,7 +75,7 @@ def test_chunked_attention(path: str, monkeypatch) -> None:
     segments = np.ones((2, length), np.int32)
     segments[1, length // 3 :] = 2
     chunk = attention._chunk(2 * 4, length)
-    assert {"one": chunk == length, "unrolled": 128 <= chunk < length, "mapped": length > 8 * chunk}[path]
+    assert chunk == length if path == "one" else length > 8 * chunk if path == "mapped" else 128 <= chunk < length
 
     run = lambda q, k, v: attention.attend_causal(q, k, v, jnp.asarray(segments))  # noqa: E731
     np.testing.assert_allclose(quick_jit(run)(q, k, v), plain_attention(q, k, v, segments), atol=1e-5)
