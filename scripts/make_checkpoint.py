@@ -92,7 +92,7 @@ def tensors(config: ModelConfig, options: Options) -> list[Outgoing]:
             in_fused |= dict.fromkeys(itertools.chain(*experts), (fused, experts))
 
     def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        out.append(Outgoing(name, dtype, shape, [lambda: random_values(name, dtype, shape, options.seed)]))
+        out.append(Outgoing(name, dtype, shape, lambda: [random_values(name, dtype, shape, options.seed)]))
 
     for name, slot in slots.items():
         shape, key = slot.shape, name

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.convert import dtypes, files, memory, names, store
 from glm45_jax.convert.own_format import Summary
-from glm45_jax.convert.pieces import Index, Leaf, boxes, whole
+from glm45_jax.convert.pieces import Index, Leaf, whole
 from glm45_jax.convert.safetensors_io import TensorInfo, make_header
-from glm45_jax.convert.transfer import PART, Progress, WorkDir, raw, scratch, transfer, working
+from glm45_jax.convert.transfer import Progress, WorkDir, read_parts, transfer, working, write_parts
 from glm45_jax.errors import UserError
 
 MAX_SHARD_SIZE = "5GB"
+_LARGE = 256 * 2**20
 
 
 @dataclasses.dataclass
@@ -63,27 +62,18 @@ class TensorJob:
 
     key: str
     shard: Shard
-    parts: Sequence[Callable[[], np.ndarray]]
+    parts: Callable[[], Iterable[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
         return self.shard.places[self.key].nbytes
 
-    @property
-    def held(self) -> int:
-        return -(-self.nbytes // len(self.parts))
-
     def read(self) -> np.ndarray:
-        return self.parts[0]() if len(self.parts) == 1 else np.concatenate([part() for part in self.parts])
+        return next(iter(self.parts()))
 
     def copy(self, values: np.ndarray | None = None) -> str:
-        at, digest = self.shard.places[self.key].offset, xxhash.xxh3_128()
-        for part in self.parts if values is None else [lambda: values]:
-            data = raw(part())
-            digest.update(data.data)
-            _write_all(self.shard.fd, data, at)
-            at += data.size
-        return digest.hexdigest()
+        parts = self.parts() if values is None else [values]
+        return write_parts(parts, self.shard.fd, self.shard.places[self.key].offset)
 
     def unsynced(self) -> int:
         return self.shard.fd
@@ -92,20 +82,14 @@ class TensorJob:
         return self.shard.whole_before
 
 
-def _write_all(fd: int, data: np.ndarray, at: int) -> None:
-    done = 0
-    while done < data.size:
-        done += os.pwrite(fd, data[done:].data, at + done)
-
-
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
-    """A tensor on its way out: its parts, one after the other along the first axis."""
+    """A tensor on its way out: `parts` gives its values, in one array or in several that follow each other."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: Sequence[Callable[[], np.ndarray]]
+    parts: Callable[[], Iterable[np.ndarray]]
 
 
 def plan_shards(tensors: list[Outgoing], root: Path, max_shard_size: str | int) -> list[TensorJob]:
@@ -123,7 +107,7 @@ def plan_shards(tensors: list[Outgoing], root: Path, max_shard_size: str | int) 
         header, places = make_header((t.name, t.dtype, t.shape) for t in group)
         shard = Shard(root / f"model-{i:05d}-of-{len(groups):05d}.safetensors", header, places)
         jobs += [TensorJob(t.name, shard, t.parts) for t in group]
-    return jobs
+    return sorted(jobs, key=lambda job: job.nbytes < _LARGE)  # largest first: else one thread ends long after the rest
 
 
 def parse_size(size: str | int) -> int:
@@ -168,7 +152,7 @@ def write_checkpoint(
         files.write_json(work.root / files.DIGESTS, {"made_from": made_from, "digests": digests})
         index = {
             "metadata": {"total_size": sum(job.nbytes for job in jobs)},
-            "weight_map": {job.key: job.shard.path.name for job in jobs},
+            "weight_map": {job.key: job.shard.path.name for job in sorted(jobs, key=lambda job: job.key)},
         }
         files.write_json(work.root / files.HF_INDEX, index)
         files.write_json(work.root / "config.json", hf_config)
@@ -248,13 +232,10 @@ def _stored(name: str, slot: names.Slot, leaf: Leaf, dtype: str | None) -> Outgo
     dtype = dtype or dtypes.NAMES[leaf.dtype]
     shape, lead = leaf.shape[len(slot.index) :], tuple(slice(i, i + 1) for i in slot.index)
 
-    def part(index: Index) -> np.ndarray:
-        sizes = [1] * len(lead) + [rows.stop - rows.start for rows in index]
-        values = leaf.read((*lead, *index), out=scratch(sizes, leaf.dtype))
-        return dtypes.narrow(values, dtypes.BY_NAME[dtype])
+    def parts() -> Iterator[np.ndarray]:
+        for values in read_parts(leaf, (*lead, *whole(shape))):
+            yield dtypes.narrow(values, dtypes.BY_NAME[dtype])
 
-    rows = max(1, PART // (math.prod(shape[1:]) * leaf.dtype.itemsize))
-    parts = [functools.partial(part, index) for _, index in boxes(shape, (rows, *shape[1:]))]
     return Outgoing(name, dtype, shape, parts)
 
 
@@ -286,7 +267,8 @@ def export_hf(
     for name, slot in names.hf_slots(config).items():
         leaf = leaves[slot.path]
         index = (*(slice(i, i + 1) for i in slot.index), *whole(slot.shape))
-        tensors.append(Outgoing(name, dtypes.NAMES[leaf.dtype], slot.shape, [functools.partial(leaf.read, index)]))
+        parts = functools.partial(_in_memory, leaf, index)
+        tensors.append(Outgoing(name, dtypes.NAMES[leaf.dtype], slot.shape, parts))
     work = WorkDir(path, f"export_hf {os.getpid()} {time.time_ns()}")  # never resumed: memory has no fingerprint
     jobs = plan_shards(tensors, work.root, max_shard_size)
     if not memory.takes_part_only(jobs):
@@ -301,3 +283,7 @@ def export_hf(
             reads_in_order=True,
         )
     return _summary(jobs, work, 0, begin)
+
+
+def _in_memory(leaf: memory.MemoryLeaf, index: Index) -> list[np.ndarray]:
+    return [leaf.read(index)]

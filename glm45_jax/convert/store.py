@@ -26,7 +26,7 @@ from glm45_jax.config import ModelConfig, load_hf_config
 from glm45_jax.convert import dtypes, files, names
 from glm45_jax.convert.hf_source import Quantised, dequantised
 from glm45_jax.convert.pieces import AnyLeaf, FilePiece, Index, Leaf, boxes
-from glm45_jax.convert.transfer import WorkDir, digest_of, scratch
+from glm45_jax.convert.transfer import WorkDir, digest_of, read_parts, write_parts
 from glm45_jax.errors import UserError
 
 VERSION = 1
@@ -77,30 +77,35 @@ class ChunkJob:
     def nbytes(self) -> int:
         return int(np.prod([part.stop - part.start for part in self.index])) * self.array.leaf.dtype.itemsize
 
-    @property
-    def held(self) -> int:
-        return self.nbytes
-
     def read(self) -> np.ndarray:
         return self.array.leaf.read(self.index)
 
     def copy(self, values: np.ndarray | None = None) -> str:
-        if values is None:
-            values = scratch([part.stop - part.start for part in self.index], self.array.leaf.dtype)
-            self.array.leaf.read(self.index, out=values)
-        digest = digest_of(values)
-        self.array.store[self.index].write(values, can_reference_source_data_indefinitely=True).result()
+        """A chunk without compression is its values in C order; what lies beyond the array's edge is zeros."""
+        parts = read_parts(self.array.leaf, self.index) if values is None else [values]
+        fd = os.open(_chunk_file(self.array.directory, self.grid), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            digest = write_parts(parts, fd, 0)
+            os.ftruncate(fd, self.size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         return digest
 
     def unsynced(self) -> None:
-        return None  # tensorstore wrote beside, synced and renamed
+        return None
 
     def written(self) -> bool:
         try:
             size = os.stat(_chunk_file(self.array.directory, self.grid)).st_size
         except OSError:
             return False
-        return size == int(np.prod(self.array.chunk)) * self.array.leaf.dtype.itemsize
+        return size == self.size
+
+    @property
+    def size(self) -> int:
+        """Bytes of the chunk's file."""
+        return int(np.prod(self.array.chunk)) * self.array.leaf.dtype.itemsize
 
 
 @dataclasses.dataclass
@@ -111,7 +116,6 @@ class Array:
     leaf: Any  # reads like a Leaf
     chunk: tuple[int, ...]
     directory: str
-    store: Any = None  # tensorstore's handle, from `create` on
 
     def jobs(self) -> list[ChunkJob]:
         return [ChunkJob(self, grid, index) for grid, index in boxes(self.leaf.shape, self.chunk)]
@@ -141,19 +145,13 @@ def _spec(array: Array) -> dict[str, Any]:
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},  # one directory per array
         "codecs": [codec],
     }
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": array.directory},
-        "metadata": metadata,
-        "store_data_equal_to_fill_value": True,  # a chunk of zeros too: an absent file is a damaged checkpoint
-    }
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": array.directory}, "metadata": metadata}
 
 
 def create(arrays: list[Array]) -> None:
-    """Creates them on disk, or opens them where an earlier run did."""
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    for array in arrays:
-        array.store = ts.open(_spec(array), context=context, open=True, create=True).result()
+    """Creates them on disk, without chunks yet, or finds them where an earlier run did."""
+    for opening in [ts.open(_spec(array), open=True, create=True) for array in arrays]:
+        opening.result()
 
 
 def layer_by_layer(arrays: list[Array]) -> list[ChunkJob]:
@@ -287,6 +285,6 @@ def digests_on_disk(store: Store) -> dict[str, str]:
     """The digest of every array, from its bytes as they are now."""
     out = {}
     for path, leaf in store.leaves.items():
-        parts = [bytes.fromhex(digest_of(leaf.read(index))) for _, index in boxes(leaf.shape, leaf.block)]
+        parts = [bytes.fromhex(digest_of(read_parts(leaf, index))) for _, index in boxes(leaf.shape, leaf.block)]
         out[path] = xxhash.xxh3_128_hexdigest(b"".join(parts))
     return out

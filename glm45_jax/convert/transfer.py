@@ -17,20 +17,22 @@ import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import xxhash
 
 from glm45_jax.convert import files
+from glm45_jax.convert.pieces import Index
 from glm45_jax.errors import UserError
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-PART = 32 * 2**20  # bytes of a large tensor that are copied at a time
+PART = 8 * 2**20  # bytes of a tensor that are held at a time
+_WRITE = 2**18  # bytes given to one `write`: Linux takes far longer over one of a megabyte than over four of these
 _THREADS = 4
 _IN_FLIGHT = 256 * 2**20  # bytes of arrays held at a time, whatever the number of threads
 _SYNC_EVERY = 256 * 2**20
@@ -46,15 +48,10 @@ class Job(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    @property
-    def held(self) -> int:
-        """Bytes of the source that `copy` holds at a time."""
-        ...
-
     def read(self) -> np.ndarray: ...
 
     def copy(self, values: np.ndarray | None = None) -> str:
-        """Writes what `read` gave, or what it reads itself, and returns its digest."""
+        """Writes what `read` gave, or what it reads itself part by part, and returns its digest."""
         ...
 
     def unsynced(self) -> int | None:
@@ -199,14 +196,16 @@ def transfer(
     show = progress or (lambda done, total: None)
     show(total - remaining, total)
     log = _Log(work, lambda done: show(total - remaining + done, total))
+    # Read here, a job's values wait in memory for a thread; else the threads read, and a job waiting weighs nothing.
+    weight = (lambda job: job.nbytes) if reads_in_order else (lambda job: _IN_FLIGHT // 64)
     room = _Room(_IN_FLIGHT)
     with ThreadPoolExecutor(_THREADS) as pool:
         futures: deque[tuple[Job, Future[str]]] = deque()
         try:
             for job in todo:
-                room.take(job.held)
+                room.take(weight(job))
                 values = job.read() if reads_in_order else None
-                futures.append((job, pool.submit(_copy, job, values, room)))
+                futures.append((job, pool.submit(_copy, job, values, room, weight(job))))
                 del values
                 while futures and futures[0][1].done():
                     log.add(futures[0][0], futures.popleft()[1].result())
@@ -221,11 +220,11 @@ def transfer(
     return total - remaining
 
 
-def _copy(job: Job, values: np.ndarray | None, room: _Room) -> str:
+def _copy(job: Job, values: np.ndarray | None, room: _Room, weight: int) -> str:
     try:
         return job.copy(values)
     finally:
-        room.give(job.held)
+        room.give(weight)
 
 
 def raw(values: np.ndarray) -> np.ndarray:
@@ -233,15 +232,44 @@ def raw(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def digest_of(values: np.ndarray) -> str:
-    """xxh3-128 of the bytes in C order."""
-    return xxhash.xxh3_128_hexdigest(raw(values).data)
+def write_parts(parts: Iterable[np.ndarray], fd: int, offset: int) -> str:
+    """Writes arrays one after the other from `offset` on; returns the xxh3-128 of their bytes."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        data = raw(part).data
+        digest.update(data)
+        for begin in range(0, len(data), _WRITE):
+            piece = data[begin : begin + _WRITE]
+            while piece:
+                done = os.pwrite(fd, piece, offset)
+                offset, piece = offset + done, piece[done:]
+    return digest.hexdigest()
+
+
+def read_parts(leaf: Any, index: Index) -> Iterator[np.ndarray]:
+    """`leaf[index]` in parts that follow each other in C order; each is valid until the next is asked for."""
+    sizes = [part.stop - part.start for part in index]
+    axis = next((i for i, size in enumerate(sizes) if size > 1), len(sizes) - 1)
+    rows = max(1, PART // (math.prod(sizes[axis + 1 :]) * leaf.dtype.itemsize))
+    for start in range(index[axis].start, index[axis].stop, rows):
+        stop = min(start + rows, index[axis].stop)
+        part = (*index[:axis], slice(start, stop), *index[axis + 1 :])
+        shape = (*sizes[:axis], stop - start, *sizes[axis + 1 :])
+        yield leaf.read(part, out=_scratch(shape, leaf.dtype))
+
+
+def digest_of(parts: Iterable[np.ndarray]) -> str:
+    """The xxh3-128 of arrays one after the other."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(raw(part).data)
+    return digest.hexdigest()
 
 
 _reused = threading.local()
 
 
-def scratch(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def _scratch(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An array for the calling thread to use until it asks again: fresh memory costs as much time as reading."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > PART:

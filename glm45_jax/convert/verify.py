@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from glm45_jax.convert import files, store
-from glm45_jax.convert.pieces import FilePiece
+from glm45_jax.convert.pieces import FilePiece, Leaf, whole
 from glm45_jax.convert.safetensors_io import read_header
-from glm45_jax.convert.transfer import digest_of
+from glm45_jax.convert.transfer import digest_of, read_parts
 from glm45_jax.errors import UserError
 
 
@@ -44,7 +44,7 @@ def _exported(path: Path) -> dict[str, str]:
         if problems:
             raise UserError(f"{file}: " + "; ".join(problems))
         for name, info in tensors.items():
-            values = np.empty(info.nbytes, np.uint8)
-            FilePiece(str(file), info.offset, (info.nbytes,), values.dtype).read((slice(0, info.nbytes),), values)
-            found[name] = digest_of(values)
+            piece = FilePiece(str(file), info.offset, (info.nbytes,), np.dtype(np.uint8))
+            leaf = Leaf(piece.shape, piece.dtype, piece.shape, lambda grid, piece=piece: piece)
+            found[name] = digest_of(read_parts(leaf, whole(leaf.shape)))
     return found

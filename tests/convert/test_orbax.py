@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from glm45_jax import convert
+from glm45_jax.convert import store
 from glm45_jax.model import abstract_params
-from tests.convert.support import NARROW, flat, make, run_python, same
+from tests.convert.support import NARROW, arrays, flat, make, run_python, same
 
 warnings.filterwarnings("ignore")
 ocp = pytest.importorskip("orbax.checkpoint")
@@ -71,6 +72,26 @@ def test_chunks_are_experts_and_plain(own) -> None:
     up = params["moe_layers"]["moe"]["experts"]["up"]
     chunk = path / "params" / "moe_layers.moe.experts.up" / "c.1.3.0.0"
     assert chunk.read_bytes() == np.asarray(up[1, 3]).tobytes()
+
+
+@pytest.mark.parametrize("vocab", [61, 64])
+def test_tensorstore_reads_every_array(vocab, tmp_path, monkeypatch) -> None:
+    """An embedding in chunks of rows too, of which the last one reaches beyond the end."""
+    import tensorstore as ts
+
+    monkeypatch.setattr(store, "_SMALL", 0)
+    monkeypatch.setattr(store, "_TALL", 1000)
+    monkeypatch.setattr(store, "_ROWS", 8 * 32 * 2)
+    convert.from_hf(make(tmp_path / "hf", NARROW.replace(vocab_size=vocab)), tmp_path / "own")
+    assert len(list((tmp_path / "own" / "params" / "embed.weight").glob("c.*"))) == 8
+    convert.verify(tmp_path / "own")
+    _, params = convert.load_checkpoint(tmp_path / "own")
+    restored = flat(ocp.PyTreeCheckpointer().restore(tmp_path / "own" / "params"))
+    for path, array in flat(params).items():
+        kvstore = {"driver": "file", "path": str(tmp_path / "own" / "params" / path)}
+        assert same(ts.open({"driver": "zarr3", "kvstore": kvstore}).result().read().result(), array), path
+        assert same(restored[path], array), path
+    assert same(params["embed"]["weight"], arrays(tmp_path / "hf")["model.embed_tokens.weight"])
 
 
 def test_zeros_are_stored(tmp_path) -> None:
