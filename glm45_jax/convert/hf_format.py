@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import time
@@ -96,7 +97,7 @@ def plan_shards(tensors: list[Outgoing], root: Path, max_shard_size: str | int) 
     """Divides the tensors over shards of at most `max_shard_size` (a larger tensor has one for itself)."""
     limit, groups, used = parse_size(max_shard_size), [[]], 0
     for tensor in tensors:
-        nbytes = int(np.prod(tensor.shape)) * dtypes.BY_NAME[tensor.dtype].itemsize
+        nbytes = math.prod(tensor.shape) * dtypes.BY_NAME[tensor.dtype].itemsize
         if used and used + nbytes > limit:
             groups.append([])
             used = 0

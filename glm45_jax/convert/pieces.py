@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
@@ -105,7 +106,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: Index | None = None, out: np.ndarray | None = None, pool: Executor | None = None):
         """`leaf[index]` as a new array, or into `out` (of any float dtype: values are cast), on `pool`'s threads."""
@@ -157,7 +158,7 @@ class Dequantised:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: Index | None = None, out: np.ndarray | None = None, pool: Executor | None = None):
         index = whole(self.shape) if index is None else index

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def chunk_shape(path: str, shape: tuple[int, ...], dtype: np.dtype, lead: int) -
 
     `lead`: leading dimensions that count layers and experts.
     """
-    nbytes = int(np.prod(shape)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     experts = ".experts." in path and not path.endswith(names.SCALE)
     if nbytes <= _SMALL and not experts:
         return shape
@@ -75,7 +76,7 @@ class ChunkJob:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod([part.stop - part.start for part in self.index])) * self.array.leaf.dtype.itemsize
+        return math.prod(part.stop - part.start for part in self.index) * self.array.leaf.dtype.itemsize
 
     def read(self) -> np.ndarray:
         return self.array.leaf.read(self.index)
@@ -105,7 +106,7 @@ class ChunkJob:
     @property
     def size(self) -> int:
         """Bytes of the chunk's file."""
-        return int(np.prod(self.array.chunk)) * self.array.leaf.dtype.itemsize
+        return math.prod(self.array.chunk) * self.array.leaf.dtype.itemsize
 
 
 @dataclasses.dataclass
