@@ -40,9 +40,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, name, *more):
+def start(folder, name, *more, optimised=False):
     command = [sys.executable, "-m", "glm45_jax", "train", str(folder / "run.yaml"), f"output_dir={folder / name}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if not optimised:  # compiling is most of these tests' time
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     return subprocess.Popen(
         [*command, "--digest", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -122,10 +124,11 @@ def test_killed_in_the_whole_model(folder):
         "model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=1",
         "accumulation=2", "optimizer.name=adamw",
     )  # fmt: skip
-    digest = finish(start(folder, "whole2", *more))
+    digest = finish(start(folder, "whole2", *more, optimised=True))
     for after in (1, 2):
-        assert kill_when(start(folder, "killed2", *more), lambda n=after: being_saved(folder, "killed2", n))
-    assert finish(start(folder, "killed2", *more)) == digest
+        process = start(folder, "killed2", *more, optimised=True)
+        assert kill_when(process, lambda n=after: being_saved(folder, "killed2", n))
+    assert finish(start(folder, "killed2", *more, optimised=True)) == digest
 
 
 def test_interrupt_is_answered_by_a_checkpoint(folder, reference):
