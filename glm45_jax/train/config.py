@@ -68,6 +68,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UserError(f"max_minutes is {self.max_minutes}, it must be positive, or null for no limit")
         if self.batch_size % self.accumulation:
             raise UserError(f"accumulation ({self.accumulation}) does not divide batch_size ({self.batch_size})")
         if not 2 <= self.seq_len <= self.model.max_position_embeddings:

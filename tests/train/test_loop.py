@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import jax
@@ -76,6 +77,25 @@ def test_a_signal_stops_after_the_step_at_hand(run_config, reference):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     result = train(config)
     assert (result.digest(), losses(config)) == reference
+
+
+def test_the_time_ends_a_run_whole_and_more_time_goes_on(run_config, reference, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("glm45_jax.train.loop.time", clock)
+
+    def an_hour_passes(step, _):
+        if step == 5:
+            clock.now += 3600
+
+    config = in_folder(run_config, "timed")
+    result = train(config.replace(max_minutes=30.0), on_metrics=an_hour_passes)
+    assert result.finished and int(result.state.step) == 5 and result.model_dir is not None
+    assert train(config).digest() == reference[0]
+
+
+def test_a_limit_of_time_is_positive(run_config):
+    with pytest.raises(UserError, match="max_minutes"):
+        run_config.replace(max_minutes=0.0)
 
 
 def test_a_damaged_checkpoint_is_put_aside(run_config, reference):
