@@ -65,6 +65,7 @@ def test_forward(pair) -> None:
         np.testing.assert_allclose(mtp.logits, expected["mtp_logits"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients(pair) -> None:
     config, params, inputs, expected, _ = pair
     mask = inputs["mask_right"]

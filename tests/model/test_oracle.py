@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import glm45_jax as glm
-from tests.support import FIXTURES, oracle_paths, published_gradient, quick_jit
+from tests.support import oracle_paths, published_gradient, quick_jit
 
 TOLERANCE = 2e-5
 MASKS = ("full", "left", "right")
@@ -36,8 +36,8 @@ def computed(oracles):
     def get(path):
         o = oracles(path)
         masks = np.concatenate([o[f"mask_{name}"] for name in MASKS])
-        # compiled as users do for the golden set and one fixture, quickly for the others
-        compiled = quick_jit if path.parent == FIXTURES and path.name != "air" else jax.jit
+        # one fixture and one golden checkpoint compiled as users do, the others quickly
+        compiled = jax.jit if o.name in ("air", "golden_a_air_f32") else quick_jit
         run = compiled(all_masks, static_argnums=1)
         return o, run(o.params, o.config, o["input_ids"], masks, o["position_ids_left"])
 
@@ -99,7 +99,20 @@ def cross_entropy(params: Any, config: Any, batch: Any) -> jax.Array:
 slope = quick_jit(jax.value_and_grad(cross_entropy), static_argnums=1)
 
 
-@pytest.mark.parametrize("path", oracle_paths("loss", slow={"bf16", "glm46", "groups"}))
+# Their ways of differentiating are those of the others.
+SLOW = {
+    "bf16",
+    "dense",
+    "glm46",
+    "groups",
+    "no_shared",
+    "golden_a_air_f32",
+    "golden_b_glm45_f32",
+    "golden_b_glm45_bf16",
+}
+
+
+@pytest.mark.parametrize("path", oracle_paths("loss", slow=SLOW))
 def test_loss_and_gradients(path, oracles) -> None:
     o = oracles(path)
     mask = o["mask_right"]
