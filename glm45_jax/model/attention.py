@@ -49,14 +49,39 @@ def attend(
     kv_segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B S H h"]:
     """Attention over keys that lie no later than the query's slot and in its segment."""
-    batch, queries, num_heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    q = (q * head_dim**-0.5).reshape(batch, queries, kv_heads, num_heads // kv_heads, head_dim)
-    # keys before queries: a softmax along an outer axis is the one that vectorises on CPU, and no other platform minds
-    scores = jnp.einsum("bkth,bskgh->bktgs", k, q, preferred_element_type=jnp.float32)
-    seen = (jnp.arange(k.shape[2])[:, None] <= slots[:, None]) & (kv_segment_ids[..., None] == segment_ids[:, None])
-    weights = jax.nn.softmax(jnp.where(seen[:, None, :, None], scores, _MASKED), axis=2).astype(q.dtype)
-    return jnp.einsum("bktgs,bkth->bskgh", weights, v).reshape(batch, queries, num_heads, head_dim)
+    bias = _bias(slots, segment_ids, kv_segment_ids)
+    return _from_groups(_attend_groups(_to_groups(q, k.shape[1]), k, v, bias))
+
+
+def _bias(
+    slots: Int[Array, "B S"], segment_ids: Int[Array, "B S"], kv_segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B S T"]:
+    """What is added to the scores: nothing where a query sees a key."""
+    earlier = jnp.arange(kv_segment_ids.shape[1]) <= slots[..., None]
+    return jnp.where(earlier & (segment_ids[..., None] == kv_segment_ids[:, None]), 0.0, _MASKED)
+
+
+def _to_groups(q: Float[Array, "B S H h"], kv_heads: int) -> Float[Array, "B K G S h"]:
+    """Scaled queries, in the order in which they meet the keys: kv head by kv head."""
+    q = (q * q.shape[-1] ** -0.5).reshape(*q.shape[:2], kv_heads, -1, q.shape[-1])
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def _from_groups(out: Float[Array, "B K G S h"]) -> Float[Array, "B S H h"]:
+    batch, kv_heads, groups, queries, head_dim = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * groups, head_dim)
+
+
+def _attend_groups(
+    q: Float[Array, "B K G S h"], k: Float[Array, "B K T h"], v: Float[Array, "B K T h"], bias: Float[Array, "B S T"]
+) -> Float[Array, "B K G S h"]:
+    """Softmax over keys and the weighted values, for scaled queries. The sum is divided out at the end."""
+    merged = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731  all queries of a kv head in one product
+    scores = jnp.einsum("bkrh,bkth->bkrt", merged(q), k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*q.shape[:-1], -1) + bias[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    out = jnp.einsum("bkrt,bkth->bkrh", merged(weights).astype(q.dtype), v, preferred_element_type=jnp.float32)
+    return (out.reshape(q.shape) / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 def attend_one(
@@ -76,33 +101,29 @@ def attend_causal(
 
     Chunks leave out the keys that no query of theirs may see, and bound the memory of the scores.
     """
-    length = q.shape[1]
+    length, kept = q.shape[1], q.shape[0] * q.shape[2] * q.shape[1] ** 2 * 4 <= _KEPT_BYTES
     chunk = _chunk(q.shape[0] * q.shape[2], length)
-    if chunk == length:
-        slots = jnp.broadcast_to(jnp.arange(length), segment_ids.shape)
-        return attend(q, k, v, slots=slots, segment_ids=segment_ids, kv_segment_ids=segment_ids)
     padded = math.ceil(length / chunk) * chunk
-    q = jnp.pad(q, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
+    grouped = jnp.pad(_to_groups(q, k.shape[1]), ((0, 0), (0, 0), (0, 0), (0, padded - length), (0, 0)))
     query_segments = jnp.pad(segment_ids, ((0, 0), (0, padded - length)))
 
     def one(start, q_chunk, segments, k, v, kv_segments):
         slots = jnp.broadcast_to(start + jnp.arange(chunk), segments.shape)
-        return attend(q_chunk, k, v, slots=slots, segment_ids=segments, kv_segment_ids=kv_segments)
+        return _attend_groups(q_chunk, k, v, _bias(slots, segments, kv_segments))
 
-    if q.shape[0] * q.shape[2] * length * length * 4 > _KEPT_BYTES:
-        one = jax.checkpoint(one)
+    one = one if kept else jax.checkpoint(one)
     starts = range(0, padded, chunk)
     if len(starts) <= _UNROLLED_CHUNKS:
+        cut = lambda x, axis: jax.lax.split(x, [chunk] * len(starts), axis)  # noqa: E731
         out = [
-            one(s, q[:, s : s + chunk], query_segments[:, s : s + chunk], k[:, :, : s + chunk], v[:, :, : s + chunk],
-                segment_ids[:, : s + chunk])
-            for s in starts
-        ]  # fmt: skip
-        return jnp.concatenate(out, axis=1)[:, :length]
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
-    inputs = (jnp.arange(0, padded, chunk), split(q), split(query_segments))
+            one(s, q_chunk, segments, k[:, :, : s + chunk], v[:, :, : s + chunk], segment_ids[:, : s + chunk])
+            for s, q_chunk, segments in zip(starts, cut(grouped, 3), cut(query_segments, 1))
+        ]
+        return _from_groups(jnp.concatenate(out, axis=3))[:, :length]
+    split = lambda x, axis: jnp.stack(jnp.split(x, len(starts), axis))  # noqa: E731
+    inputs = (jnp.arange(0, padded, chunk), split(grouped, 3), split(query_segments, 1))
     out = jax.lax.map(lambda x: one(x[0], x[1], x[2], k, v, segment_ids), inputs)
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)[:, :length]
+    return _from_groups(jnp.concatenate(list(out), axis=3))[:, :length]
 
 
 def _chunk(rows: int, length: int) -> int:

@@ -53,10 +53,9 @@ def grouped_matmul(
         )
     if group_sizes.shape != rhs.shape[-3:-2]:
         raise ValueError(f"grouped_matmul: group_sizes {group_sizes.shape} for {rhs.shape[-3]} groups")
-    if layer is None:
-        rhs, layer = rhs[None], 0
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    return _grouped_matmul(lhs, rhs, group_sizes, jnp.int32(layer), transpose_rhs, dtype, implementation)
+    layer = jnp.int32(0 if layer is None else layer)
+    return _grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation)
 
 
 def _each(implementations: Mapping[str, Callable[..., Any]], implementation: Implementation) -> Callable[..., Any]:
@@ -67,7 +66,8 @@ def _each(implementations: Mapping[str, Callable[..., Any]], implementation: Imp
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation):
     forward = {k: functools.partial(f, transpose_rhs=transpose_rhs, dtype=dtype) for k, f in _FORWARD.items()}
-    return _each(forward, implementation)(lhs, rhs, group_sizes, layer)
+    # made a stack of layers here: the matrices that wait for the backward pass are those given, never a copy
+    return _each(forward, implementation)(lhs, rhs.reshape(-1, *rhs.shape[-3:]), group_sizes, layer)
 
 
 def _fwd(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation):
@@ -80,7 +80,8 @@ def _bwd(transpose_rhs, dtype, implementation, residuals, dout):
     dlhs = _grouped_matmul(dout, rhs, group_sizes, layer, not transpose_rhs, lhs.dtype, implementation)
     gradient = {k: functools.partial(f, transpose_rhs=transpose_rhs, dtype=rhs.dtype) for k, f in _RHS_GRADIENT.items()}
     drhs = _each(gradient, implementation)(lhs, dout, group_sizes)
-    drhs = drhs[None] if rhs.shape[0] == 1 else jnp.zeros_like(rhs).at[layer].set(drhs)
+    if rhs.ndim == 4:
+        drhs = drhs[None] if rhs.shape[0] == 1 else jnp.zeros_like(rhs).at[layer].set(drhs)
     no_gradient = lambda x: np.zeros(x.shape, jax.dtypes.float0)  # noqa: E731
     return dlhs, drhs, no_gradient(group_sizes), no_gradient(layer)
 

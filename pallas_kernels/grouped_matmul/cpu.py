@@ -1,76 +1,80 @@
 """Grouped matmul as a loop over blocks of rows, each of one group: portable XLA, made for the CPU.
 
 XLA's CPU matmul packs the weights anew at every call, so that small blocks waste time and large ones waste work on rows
-that are not there: 64 to 128 rows were best where measured. `rows past a block's group` are masked, never written.
+that are not there. So a block holds up to one and a half mean groups, which most groups fill just once, and its product
+is one of eight, of which the next larger than its rows is taken.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import blocks
 
-
-def block_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a block: about those of a mean group, between 8 and 128."""
-    mean = max(1, num_rows // max(1, num_groups))
-    return min(128, max(8, 1 << (mean - 1).bit_length()))
+_WAYS = 8  # different products a block may choose from
+_LARGEST_STEP = 64
 
 
-def _rows(x: jax.Array, start: jax.Array, block: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, block)
+def row_counts(num_rows: int, num_groups: int) -> range:
+    """The numbers of rows for which there is a product, the last one that of a whole block."""
+    reach = max(1, 3 * num_rows // (2 * max(1, num_groups)))
+    step = min(_LARGEST_STEP, max(8, -(-reach // (8 * _WAYS)) * 8))
+    return range(step, min(_WAYS, -(-reach // step)) * step + 1, step)
+
+
+def _switch(counts: range, rows: jax.Array, branch) -> jax.Array:
+    """`branch(n)` for the least n of `counts` that is not below `rows`."""
+    branches = [functools.partial(branch, n) for n in counts]
+    return jax.lax.switch((rows + counts.step - 1) // counts.step - 1, branches)
 
 
 def forward(lhs, rhs, group_sizes, layer, *, transpose_rhs, dtype):
     """[M, K] x [L, E, K, N] (or [L, E, N, K]) -> [M, N]."""
     num_rows, columns = lhs.shape[0], rhs.shape[-2 if transpose_rhs else -1]
-    if num_rows == 0:
-        return jnp.zeros((0, columns), dtype)
-    block = block_rows(num_rows, group_sizes.shape[0])
-    padded = max(num_rows, block)
-    lhs = jnp.pad(lhs, ((0, padded - num_rows), (0, 0)))
-    work = blocks.cut(group_sizes, num_rows, block)
+    counts = row_counts(num_rows, group_sizes.shape[0])
+    work = blocks.cut(group_sizes, num_rows, counts[-1])
+    lhs = jnp.pad(lhs, ((0, counts[-1]), (0, 0)))
     contract = (((1,), (1,) if transpose_rhs else (0,)), ((), ()))
 
     def step(i, out):
-        matrix = jax.lax.dynamic_slice(rhs, (layer, work.group[i], 0, 0), (1, 1, *rhs.shape[2:]))[0, 0]
-        start = jnp.minimum(work.start[i], padded - block)  # the last blocks reach back instead of past the end
-        y = jax.lax.dot_general(_rows(lhs, start, block), matrix, contract, preferred_element_type=jnp.float32)
-        row = start + jnp.arange(block)[:, None]
-        mine = (row >= work.start[i]) & (row < work.start[i] + work.rows[i])
-        y = jnp.where(mine, y.astype(dtype), _rows(out, start, block))
+        start, rows = work.start[i], work.rows[i]
+
+        def product(n):
+            matrix = jax.lax.dynamic_slice(rhs, (layer, work.group[i], 0, 0), (1, 1, *rhs.shape[2:]))[0, 0]
+            left = jax.lax.dynamic_slice_in_dim(lhs, start, n)
+            y = jax.lax.dot_general(left, matrix, contract, preferred_element_type=jnp.float32)
+            return jnp.pad(y.astype(dtype), ((0, counts[-1] - n), (0, 0)))
+
+        y = _switch(counts, rows, product)
+        y = jnp.where(jnp.arange(counts[-1])[:, None] < rows, y, 0)  # a later block overwrites the zeros with its own
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
-    out = jax.lax.fori_loop(0, work.count, step, jnp.zeros((padded, columns), dtype))
-    return out[:num_rows]
+    out = jnp.zeros((num_rows + counts[-1], columns), dtype)
+    return jax.lax.fori_loop(0, work.count, step, out)[:num_rows]
 
 
 def rhs_gradient(lhs, dout, group_sizes, *, transpose_rhs, dtype):
     """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
     num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
     left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
-    shape = (left.shape[1], right.shape[1])
-    if num_rows == 0:
-        return jnp.zeros((num_groups, *shape), dtype)
-    block = min(256, 2 * block_rows(num_rows, num_groups))
-    padded = max(num_rows, block)
-    left, right = (jnp.pad(x, ((0, padded - num_rows), (0, 0))) for x in (left, right))
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    counts = row_counts(num_rows, num_groups)
+    work = blocks.cut(group_sizes, num_rows, counts[-1])
+    left, right = (jnp.pad(x, ((0, counts[-1]), (0, 0))) for x in (left, right))
+    contract = (((0,), (0,)), ((), ()))
 
-    def group_gradient(g):
-        def step(i, total):
-            first = starts[g] + i * block
-            start = jnp.minimum(first, padded - block)
-            row = start + jnp.arange(block)[:, None]
-            mine = (row >= first) & (row < starts[g] + group_sizes[g])
-            part = jnp.where(mine, _rows(left, start, block), 0)
-            contract = (((0,), (0,)), ((), ()))
-            return total + jax.lax.dot_general(
-                part, _rows(right, start, block), contract, preferred_element_type=jnp.float32
-            )
+    def step(i, total):
+        start, rows, group = work.start[i], work.rows[i], work.group[i]
 
-        count = (group_sizes[g] + block - 1) // block
-        return jax.lax.fori_loop(0, count, step, jnp.zeros(shape, jnp.float32)).astype(dtype)
+        def product(n):
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, n)  # noqa: E731
+            mine = jnp.where(jnp.arange(n)[:, None] < rows, cut(left), 0)
+            return jax.lax.dot_general(mine, cut(right), contract, preferred_element_type=jnp.float32)
 
-    return jax.lax.map(group_gradient, jnp.arange(num_groups))
+        sum_ = jax.lax.dynamic_index_in_dim(total, group, keepdims=False) + _switch(counts, rows, product)
+        return jax.lax.dynamic_update_index_in_dim(total, sum_, group, 0)
+
+    total = jnp.zeros((num_groups, left.shape[1], right.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, work.count, step, total).astype(dtype)
