@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import linear, rms_norm, rotate
+from glm45_jax.model.layers import keep, linear, recomputed, rms_norm, rotate
 
 _MASKED = -1e30  # finite, so that a row that sees nothing (padding) stays free of NaN
 _SCORE_BYTES = 1 << 28  # of one chunk of float32 scores
-_KEPT_BYTES = 1 << 26  # of scores that the backward pass may find stored; above they are recomputed
 _UNROLLED_CHUNKS = 8
 
 
@@ -72,16 +71,51 @@ def _from_groups(out: Float[Array, "B K G S h"]) -> Float[Array, "B S H h"]:
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * groups, head_dim)
 
 
+@jax.custom_vjp
 def _attend_groups(
     q: Float[Array, "B K G S h"], k: Float[Array, "B K T h"], v: Float[Array, "B K T h"], bias: Float[Array, "B S T"]
 ) -> Float[Array, "B K G S h"]:
-    """Softmax over keys and the weighted values, for scaled queries. The sum is divided out at the end."""
-    merged = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731  all queries of a kv head in one product
-    scores = jnp.einsum("bkrh,bkth->bkrt", merged(q), k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(*q.shape[:-1], -1) + bias[:, None, None]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("bkrt,bkth->bkrh", merged(weights).astype(q.dtype), v, preferred_element_type=jnp.float32)
-    return (out.reshape(q.shape) / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    """Softmax over keys and the weighted values, for scaled queries; the sum is divided out at the end.
+
+    The backward pass computes the weights anew from each row's log-sum-exp (https://arxiv.org/abs/2205.14135), so that
+    no scores wait for it.
+    """
+    return _attend_fwd(q, k, v, bias)[0]
+
+
+def _attend_fwd(q, k, v, bias):
+    scores = _scores(q, k, bias)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bkrt,bkth->bkrh", _merge(weights).astype(q.dtype), v, preferred_element_type=jnp.float32)
+    out = (out.reshape(q.shape) / total).astype(q.dtype)
+    return out, (q, k, v, bias, keep(out), keep(largest + jnp.log(total)))
+
+
+def _attend_bwd(residuals, dout):
+    q, k, v, bias, out, lse = residuals
+    weights = jnp.exp(_scores(q, k, bias) - lse)
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+    dweights = jnp.einsum("bkrh,bkth->bkrt", _merge(dout), v, preferred_element_type=jnp.float32)
+    dscores = _merge((weights * (dweights.reshape(weights.shape) - delta)).astype(q.dtype))
+    dq = jnp.einsum("bkrt,bkth->bkrh", dscores, k).reshape(q.shape)
+    dk = jnp.einsum("bkrt,bkrh->bkth", dscores, _merge(q))
+    dv = jnp.einsum("bkrt,bkrh->bkth", _merge(weights).astype(q.dtype), _merge(dout))
+    return dq, dk, dv, None
+
+
+_attend_groups.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _scores(q, k, bias) -> Float[Array, "B K G S T"]:
+    scores = jnp.einsum("bkrh,bkth->bkrt", _merge(q), k, preferred_element_type=jnp.float32)
+    return scores.reshape(*q.shape[:-1], -1) + bias[:, None, None]
+
+
+def _merge(x: Float[Array, "B K G S n"]) -> Float[Array, "B K R n"]:
+    """All queries of a kv head as the rows of one product."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def attend_one(
@@ -94,6 +128,7 @@ def attend_one(
     return jnp.einsum("ktg,kth->kgh", weights, v).reshape(q.shape)
 
 
+@recomputed
 def attend_causal(
     q: Float[Array, "B S H h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], segment_ids: Int[Array, "B S"]
 ) -> Float[Array, "B S H h"]:
@@ -101,7 +136,7 @@ def attend_causal(
 
     Chunks leave out the keys that no query of theirs may see, and bound the memory of the scores.
     """
-    length, kept = q.shape[1], q.shape[0] * q.shape[2] * q.shape[1] ** 2 * 4 <= _KEPT_BYTES
+    length = q.shape[1]
     chunk = _chunk(q.shape[0] * q.shape[2], length)
     padded = math.ceil(length / chunk) * chunk
     grouped = jnp.pad(_to_groups(q, k.shape[1]), ((0, 0), (0, 0), (0, 0), (0, padded - length), (0, 0)))
@@ -111,7 +146,6 @@ def attend_causal(
         slots = jnp.broadcast_to(start + jnp.arange(chunk), segments.shape)
         return _attend_groups(q_chunk, k, v, _bias(slots, segments, kv_segments))
 
-    one = one if kept else jax.checkpoint(one)
     starts = range(0, padded, chunk)
     if len(starts) <= _UNROLLED_CHUNKS:
         cut = lambda x, axis: jax.lax.split(x, [chunk] * len(starts), axis)  # noqa: E731

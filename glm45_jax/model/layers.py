@@ -5,16 +5,33 @@ Axes: B batch, S sequence, D model, H heads, h head dim, O output features.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 
+_KEPT = "kept"
 
+
+def keep(x: Any) -> Any:
+    """Marks what a `recomputed` function keeps for its backward pass."""
+    return checkpoint_name(x, _KEPT)
+
+
+# A function whose backward pass computes anew, from its arguments and from what it marks by `keep`, all that it needs:
+# for what is cheap to compute but large to store.
+recomputed = functools.partial(
+    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT)
+)
+
+
+@functools.partial(recomputed, static_argnums=2)
 def rms_norm(x: Float[Array, "*n D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
     """Root-mean-square norm in float32; the scale is multiplied after the cast back, as the published model does."""
     x32 = x.astype(jnp.float32)
@@ -47,7 +64,12 @@ def _unfused(x: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def swiglu(x: Float[Array, "*n D"], mlp: Any) -> Float[Array, "*n D"]:
     """down(silu(gate x) * up x)."""
-    return linear(jax.nn.silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
+    return linear(gated(linear(x, mlp.gate), linear(x, mlp.up)), mlp.down)
+
+
+@recomputed
+def gated(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+    return jax.nn.silu(gate) * up
 
 
 def rotary_tables(
@@ -64,6 +86,7 @@ def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     return np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
 
 
+@recomputed
 def rotate(
     x: Float[Array, "B S H h"], cos: Float[Array, "B S r"], sin: Float[Array, "B S r"]
 ) -> Float[Array, "B S H h"]:

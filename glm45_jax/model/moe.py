@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import swiglu
+from glm45_jax.model.layers import gated, keep, recomputed, swiglu
 from pallas_kernels import fused_moe, grouped_matmul
 
 
@@ -85,27 +85,34 @@ def _add_shared(out: Float[Array, "T D"], x: Float[Array, "T D"], module: Any) -
     return out + swiglu(x, module.shared) if hasattr(module, "shared") else out
 
 
+@functools.partial(recomputed, static_argnums=3)
 def routed_experts(
     x: Float[Array, "T D"], routing: Routing, experts: Any, config: ModelConfig, layer: Array | None = None
 ) -> Float[Array, "T D"]:
     """Sends each token to its experts and sums their answers by weight; only the routed work is done."""
     top_k = config.num_experts_per_tok
     flat = routing.indices.reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # routed rows sorted by expert
-    place = jnp.argsort(order)  # where each (token, choice) went
-    sizes = jnp.bincount(flat, length=config.n_routed_experts).astype(jnp.int32)
+    order = keep(jnp.argsort(flat, stable=True))  # routed rows sorted by expert
+    place = keep(jnp.argsort(order))  # where each (token, choice) went
+    sizes = keep(jnp.bincount(flat, length=config.n_routed_experts).astype(jnp.int32))
 
     def product(lhs: Any, weight: Any) -> Array:
         rhs = weight[...].astype(lhs.dtype)
         return grouped_matmul(lhs, rhs, sizes, transpose_rhs=True, layer=layer, implementation=config.implementation)
 
     rows = _dispatch(x, order, place, top_k)
-    hidden = jax.nn.silu(product(rows, experts.gate)) * product(rows, experts.up)
-    answers = _collect(product(hidden, experts.down), order, place).reshape(*routing.weights.shape, -1)
-    return jnp.einsum("tk,tkd->td", routing.weights, answers.astype(jnp.float32)).astype(x.dtype)
+    weights = _permute(routing.weights.reshape(-1), order, place)
+    hidden = _weighted(keep(product(rows, experts.gate)), keep(product(rows, experts.up)), weights)
+    answers = _permute(product(hidden, experts.down), place, order)
+    return answers.reshape(-1, top_k, x.shape[-1]).astype(jnp.float32).sum(1).astype(x.dtype)
 
 
-# Dispatch and collection are gathers both ways: XLA would derive a scatter-add from a gather, slow everywhere.
+def _weighted(gate: Float[Array, "M F"], up: Float[Array, "M F"], weights: Float[Array, " M"]) -> Float[Array, "M F"]:
+    """The experts' hidden rows, weighted here and not after `down`: the answers need not wait for the backward pass."""
+    return (gated(gate, up).astype(jnp.float32) * weights[:, None]).astype(gate.dtype)
+
+
+# Dispatch and permutation are gathers both ways: XLA would derive a scatter-add from a gather, slow everywhere.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -125,14 +132,14 @@ _dispatch.defvjp(lambda x, order, place, top_k: (_dispatch(x, order, place, top_
 
 
 @jax.custom_vjp
-def _collect(rows: Float[Array, "M D"], order: Int[Array, " M"], place: Int[Array, " M"]) -> Float[Array, "M D"]:
-    """Rows from the order of experts back to that of (token, choice)."""
-    return rows[place]
+def _permute(x: Float[Array, M * n], order: Int[Array, " M"], back: Int[Array, " M"]) -> Float[Array, M * n]:
+    """x[order], where `back` is the inverse of `order`."""
+    return x[order]
 
 
-_collect.defvjp(
-    lambda rows, order, place: (rows[place], order),
-    lambda order, dout: (dout[order], _no_gradient(order), _no_gradient(order)),
+_permute.defvjp(
+    lambda x, order, back: (x[order], back),
+    lambda back, dout: (dout[back], _no_gradient(back), _no_gradient(back)),
 )
 
 
