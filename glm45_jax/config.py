@@ -307,10 +307,12 @@ _TINY = ModelConfig(
     max_position_embeddings=512, rope_theta=1e4, dtype="float32", param_dtype="float32",
 )  # fmt: skip
 _MINI = _TINY.replace(
-    vocab_size=2048, hidden_size=256, num_hidden_layers=5, num_attention_heads=4, head_dim=64, intermediate_size=704,
-    moe_intermediate_size=64, n_routed_experts=32, num_experts_per_tok=4, max_position_embeddings=4096,
+    vocab_size=2048, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, head_dim=64, intermediate_size=704,
+    moe_intermediate_size=64, n_routed_experts=48, num_experts_per_tok=4, max_position_embeddings=4096,
+    tie_word_embeddings=True,
 )  # fmt: skip
 _NANO = _MINI.replace(
+    tie_word_embeddings=False,
     vocab_size=16384, hidden_size=512, num_hidden_layers=8, num_attention_heads=12, head_dim=64,
     intermediate_size=1408, moe_intermediate_size=256, n_routed_experts=28, max_position_embeddings=8192,
 )  # fmt: skip

@@ -18,7 +18,7 @@ import xxhash
 Conversation = dict[str, Any]  # messages, tools, enable_thinking: a record of kind `messages`
 
 _HELD_OUT_PERCENT = 5
-_TURNS = 4  # of a training conversation with tools: the tools' schemas are most of its text, and teach nothing
+_TURNS = 2  # of a training conversation with tools, at most
 
 
 def held_out(*problem: Any) -> bool:
@@ -60,8 +60,14 @@ class Sum(NamedTuple):
         if not a10 and not b10:
             return f"{a1}+{b1}={units}"
         carry = units // 10
-        tens = a10 + b10 + carry
-        return f"{a1}+{b1}={units}, carry {carry}. {a10}+{b10}+{carry}={tens}. So {self.a + self.b}"
+        tens = a10 + b10
+        return f"{a1}+{b1}={units}, carry {carry}. {a10}+{b10}={tens}, {tens}+{carry}={tens + carry}"
+
+
+def addition_table(rng: random.Random, lines: int = 40) -> str:
+    """Lines of one-digit sums: what the steps of longer ones are made of."""
+    pairs = ((rng.randint(0, 9), rng.randint(0, 9)) for _ in range(lines))
+    return "\n".join(f"{a}+{b}={a + b}" for a, b in pairs)
 
 
 _SUM_QUESTIONS = ("{a}+{b}=?", "What is {a} + {b}?", "Add {a} and {b}.")
@@ -158,7 +164,7 @@ def call_conversation(
     The model thinks before the last call, as it does in its current turn; earlier turns show no thoughts, as in every
     history.
     """
-    tools = rng.sample(TOOLS, rng.randint(1, 2))
+    tools = rng.sample(TOOLS, 1 if rng.random() < 0.75 else 2)
     messages: list[dict[str, Any]] = []
     for turn in range(turns):
         call = draw_call(rng, test=test, tools=tools)
@@ -169,7 +175,7 @@ def call_conversation(
         if turn < turns - 1:
             messages += [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}]
     noted = ", ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in call.arguments.values())
-    answer["reasoning_content"] = f"{noted}: {call.name}"
+    answer["reasoning_content"] = f"{call.name}: {noted}"
     return {"messages": messages} | ({"tools": [t.schema for t in tools]} if offer else {}), call
 
 
@@ -177,10 +183,13 @@ def call_conversation(
 
 
 def repeat_conversation(rng: random.Random) -> Conversation:
-    """A few words and numbers to say again: teaches to copy, which calls need, in few tokens."""
-    words = [rng.choice((*_CITIES, *_KINDS, *_THINGS, str(rng.randint(0, 99)))) for _ in range(rng.randint(1, 6))]
+    """Words and numbers to say twice: teaches to copy, which calls need, in few tokens."""
+    words = [rng.choice((*_CITIES, *_KINDS, *_THINGS, str(rng.randint(0, 99)))) for _ in range(rng.randint(1, 9))]
     said = " ".join(words)
-    messages = [{"role": "user", "content": f'Repeat "{said}".'}, {"role": "assistant", "content": said}]
+    answer = {"role": "assistant", "content": said}
+    messages = [
+        {"role": "user", "content": f'Repeat "{said}".'}, answer, {"role": "user", "content": "Again."}, answer
+    ]  # fmt: skip
     return {"messages": messages, "enable_thinking": False}
 
 
@@ -195,8 +204,9 @@ def write_quickstart_data(
     folder.mkdir(parents=True, exist_ok=True)
     records = {
         "library": ({"text": text} for text in standard_library(text_bytes)),
-        "sums": (sum_conversation(draw_sum(rng, test=False), rng, thinking=i % 4 > 0) for i in range(sums)),
-        "calls": (call_conversation(rng, test=False, turns=_TURNS)[0] for _ in range(calls)),
+        "sums": (sum_conversation(draw_sum(rng, test=False), rng, thinking=i % 8 > 0) for i in range(sums)),
+        "tables": ({"text": addition_table(rng)} for _ in range(sums // 20)),
+        "calls": (call_conversation(rng, test=False, turns=1 + i % _TURNS)[0] for i in range(calls)),
         "bare_calls": (call_conversation(rng, test=False, offer=False)[0] for _ in range(2 * calls)),
         "repeats": (repeat_conversation(rng) for _ in range(repeats)),
     }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from glm45_jax.data import DataConfig, open_source
-from glm45_jax.data.sources import RecordError
-from glm45_jax.text import Tokenizer, train_tokenizer
+from glm45_jax.data.sources import Record
+from glm45_jax.errors import UserError
+from glm45_jax.text import SPECIAL_TOKENS, Tokenizer, render_chat, train_tokenizer
+from glm45_jax.text.chat import is_template_text
 from glm45_jax.train.config import TrainConfig
+
+_CONTROL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 
 def prepare_tokenizer(config: TrainConfig, folder: Path) -> Tokenizer | None:
@@ -25,7 +29,10 @@ def prepare_tokenizer(config: TrainConfig, folder: Path) -> Tokenizer | None:
         return Tokenizer.load(settings.path, settings.chat_template)
     if (kept / "tokenizer.json").exists():
         return Tokenizer.load(kept)
-    texts = _sample(config.data, settings.sample_bytes, config.seed) if config.data is not None else iter(())
+    template = settings.chat_template or "glm-4.5"
+    # a template of someone else's runs in a process of its own, too slow for every record
+    sampled = "glm-4.5" if is_template_text(template) else template
+    texts = _sample(config.data, settings.sample_bytes, config.seed, sampled) if config.data is not None else iter(())
     first = next(texts, None)
     if first is None:
         return None
@@ -33,7 +40,7 @@ def prepare_tokenizer(config: TrainConfig, folder: Path) -> Tokenizer | None:
         _chain(first, texts),
         config.model.vocab_size,
         split_digits=settings.split_digits,
-        chat_template=settings.chat_template or "glm-4.5",
+        chat_template=template,
     )
     keep_tokenizer(tokenizer, kept)
     return tokenizer
@@ -48,32 +55,29 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def _sample(data: DataConfig, limit: int, seed: int) -> Iterator[str]:
+def _sample(data: DataConfig, limit: int, seed: int, template: str) -> Iterator[str]:
     """Text of records at random, up to `limit` bytes of each source; unusable records are left to the pipeline."""
     for number, settings in enumerate(data.sources):
         source, left = open_source(settings), limit
         for index in np.random.default_rng([seed, number]).permutation(len(source)):
             try:
-                record = source[int(index)]
-            except RecordError:
+                texts = _texts(source[int(index)], template)
+            except UserError:
                 continue
-            for text in _strings(record.get("text") or [record.get("messages"), record.get("tools")]):
+            for text in texts:
                 yield text
-                left -= len(text.encode("utf-8", "replace"))
+                left -= len(text.encode())
             if left <= 0:
                 break
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a record's text or messages that can be encoded."""
-    if isinstance(value, str):
-        yield value.encode("utf-8", "replace").decode()
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+def _texts(record: Record, template: str) -> list[str]:
+    """A record's text; a conversation's as the template renders it, between the control tokens."""
+    if record.get("messages") is None:
+        texts = [record.get("text")]
+    else:
+        texts = _CONTROL.split(render_chat(record["messages"], record.get("tools"), template))
+    return [text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str)]
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

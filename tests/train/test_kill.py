@@ -107,14 +107,21 @@ def test_killed_in_a_save_and_at_random(folder, reference):
 
 @pytest.mark.slow
 def test_killed_at_many_moments(folder, reference):
-    """From the first second of the process to its last, over and over."""
-    rng, kills = random.Random(1), 0
-    for _ in range(8):
-        end = time.monotonic() + rng.uniform(0.5, 9)
-        kills += kill_when(start(folder, "many"), lambda end=end: time.monotonic() > end)
+    """From the first second of the process to its last, over and over; whatever ends comes to the same end."""
+    began = time.monotonic()
+    finish(start(folder, "timed"))
+    length, rng, kills, runs = time.monotonic() - began, random.Random(1), 0, 0
+    for _ in range(12):
+        end = time.monotonic() + rng.uniform(0.1, 0.9) * length
+        if kill_when(start(folder, f"many{runs}"), lambda end=end: time.monotonic() > end):
+            kills += 1
+            continue
+        assert finish(start(folder, f"many{runs}")) == reference[0]
+        assert losses(folder, f"many{runs}") == reference[1]
+        runs += 1
     assert kills >= 4
-    assert finish(start(folder, "many")) == reference[0]
-    assert losses(folder, "many") == reference[1]
+    assert finish(start(folder, f"many{runs}")) == reference[0]
+    assert losses(folder, f"many{runs}") == reference[1]
 
 
 @pytest.mark.slow
