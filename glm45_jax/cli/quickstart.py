@@ -90,9 +90,9 @@ def train_config(output: Path, *, steps: int = _STEPS, minutes: float | None = N
     shares = {
         "library": (0.03, "concat"),
         "tables": (0.07, "best_fit"),
-        "sums": (0.35, "best_fit"),
-        "calls": (0.15, "best_fit"),
-        "bare_calls": (0.2, "best_fit"),
+        "sums": (0.31, "best_fit"),
+        "calls": (0.16, "best_fit"),
+        "bare_calls": (0.23, "best_fit"),
         "repeats": (0.2, "best_fit"),
     }
     sources = tuple(SourceConfig(path=(str(files[k]),), weight=w, packing=p) for k, (w, p) in shares.items())

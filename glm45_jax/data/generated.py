@@ -184,7 +184,8 @@ def call_conversation(
 
 def repeat_conversation(rng: random.Random) -> Conversation:
     """Words and numbers to say twice: teaches to copy, which calls need, in few tokens."""
-    words = [rng.choice((*_CITIES, *_KINDS, *_THINGS, str(rng.randint(0, 99)))) for _ in range(rng.randint(1, 9))]
+    known = (*_CITIES, *_KINDS, *_THINGS)
+    words = [str(rng.randint(0, 99)) if rng.random() < 0.4 else rng.choice(known) for _ in range(rng.randint(1, 9))]
     said = " ".join(words)
     answer = {"role": "assistant", "content": said}
     messages = [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 from glm45_jax.data.generated import (
     Sum,
+    addition_table,
     call_conversation,
     draw_sum,
     held_out,
@@ -18,9 +20,15 @@ from glm45_jax.data.generated import (
 
 
 def test_steps_of_sums() -> None:
-    assert Sum(47, 38).steps == "7+8=15, carry 1. 4+3+1=8. So 85"
+    assert Sum(47, 38).steps == "7+8=15, carry 1. 4+3=7, 7+1=8"
     assert Sum(3, 4).steps == "3+4=7"
-    assert Sum(99, 99).steps == "9+9=18, carry 1. 9+9+1=19. So 198"
+    assert Sum(99, 99).steps == "9+9=18, carry 1. 9+9=18, 18+1=19"
+
+
+def test_every_line_of_a_table_is_right() -> None:
+    for line in addition_table(random.Random(0)).splitlines():
+        a, b, total = map(int, re.split("[+=]", line))
+        assert a + b == total and max(a, b) < 10
 
 
 def test_training_and_test_problems_are_apart() -> None:

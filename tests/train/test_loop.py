@@ -1,5 +1,6 @@
 """A run that is stopped and goes on ends as one that was never stopped, and what it leaves behind is whole."""
 
+import json
 import os
 import shutil
 import signal
@@ -194,6 +195,20 @@ def test_evaluation(run_config, corpus):
     train(config)
     values = [m["eval_cross_entropy"] for m in read_metrics(config.output_dir) if "eval_cross_entropy" in m]
     assert len(values) == 2 and values[1] < values[0]
+
+
+def test_a_trained_tokenizer_knows_the_words_of_the_chat_format(run_config, tmp_path):
+    """Tools come with a hundred words of instructions: in single letters they would fill most of a short row."""
+    tools = [{"type": "function", "function": {"name": "look", "description": "Look", "parameters": {}}}]
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], "tools": tools}
+    (tmp_path / "a.jsonl").write_text((json.dumps(chat) + "\n") * 3 + '{"messages": [{"role": "nobody"}]}\n')
+    config = run_config.replace(
+        data=DataConfig(sources=(SourceConfig(path=(str(tmp_path / "a.jsonl"),)),)),
+        model=run_config.model.replace(vocab_size=1000),
+    )
+    tokenizer = prepare_tokenizer(config, tmp_path)
+    assert tokenizer is not None
+    assert [len(tokenizer.encode(word)) for word in (" signatures", " function", "hello")] == [1, 1, 1]
 
 
 def test_a_tokenizer_is_trained_on_the_text_and_kept(run_config, tmp_path):
