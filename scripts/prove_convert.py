@@ -235,13 +235,22 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def write(results: dict[str, Any], file: Path | None) -> None:
+    """What is known so far: the whole takes most of an hour."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
 def main(proof: Proof) -> None:
     results = circumstances()
     with working_folder(proof.work) as folder:
         air = results["glm_4_5_air_two_layers"] = speed_and_memory(folder, proof.repeats)
-        print(json.dumps(air, indent=2))
+        print(json.dumps(air, indent=2), flush=True)
+        write(results, proof.json)
         results["killed"] = survival(folder, proof.kills, statistics.median(air["seconds"]["from_hf"]))
-        print(json.dumps(results["killed"]))
+        print(json.dumps(results["killed"]), flush=True)
+        write(results, proof.json)
         shutil.rmtree(folder / "air")
         results["depth"] = depth(folder)
         print(json.dumps(results["depth"]))
@@ -253,9 +262,7 @@ def main(proof: Proof) -> None:
     }
     results["promises_kept"] = promises
     print(json.dumps(promises))
-    if proof.json:
-        proof.json.parent.mkdir(parents=True, exist_ok=True)
-        proof.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, proof.json)
     sys.exit(0 if all(promises.values()) else 1)
 
 
