@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import blocks
 
 _BLOCK = 16
-_ROW_BY_ROW = 3
+_ROW_BY_ROW = 4
 
 
 def forward(x, gate, up, down, indices, weights, layer, *, transpose_rhs):
