@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from glm45_jax.data import DataConfig, open_source
-from glm45_jax.data.sources import Record
+from glm45_jax.data.sources import Record, RecordError
 from glm45_jax.errors import UserError
 from glm45_jax.text import SPECIAL_TOKENS, Tokenizer, render_chat, train_tokenizer
 from glm45_jax.text.chat import is_template_text
@@ -62,7 +62,7 @@ def _sample(data: DataConfig, limit: int, seed: int, template: str) -> Iterator[
         for index in np.random.default_rng([seed, number]).permutation(len(source)):
             try:
                 texts = _texts(source[int(index)], template)
-            except UserError:
+            except (RecordError, UserError):
                 continue
             for text in texts:
                 yield text

@@ -201,7 +201,8 @@ def test_a_trained_tokenizer_knows_the_words_of_the_chat_format(run_config, tmp_
     """Tools come with a hundred words of instructions: in single letters they would fill most of a short row."""
     tools = [{"type": "function", "function": {"name": "look", "description": "Look", "parameters": {}}}]
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], "tools": tools}
-    (tmp_path / "a.jsonl").write_text((json.dumps(chat) + "\n") * 3 + '{"messages": [{"role": "nobody"}]}\n')
+    unusable = '{"messages": [{"role": "nobody"}]}\nnot JSON\n'
+    (tmp_path / "a.jsonl").write_text((json.dumps(chat) + "\n") * 3 + unusable)
     config = run_config.replace(
         data=DataConfig(sources=(SourceConfig(path=(str(tmp_path / "a.jsonl"),)),)),
         model=run_config.model.replace(vocab_size=1000),
