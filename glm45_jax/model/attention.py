@@ -154,10 +154,10 @@ def attend_causal(
             for s, q_chunk, segments in zip(starts, cut(grouped, 3), cut(query_segments, 1))
         ]
         return _from_groups(jnp.concatenate(out, axis=3))[:, :length]
-    split = lambda x, axis: jnp.stack(jnp.split(x, len(starts), axis))  # noqa: E731
+    split = lambda x, axis: jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :]), axis, 0)  # noqa: E731
     inputs = (jnp.arange(0, padded, chunk), split(grouped, 3), split(query_segments, 1))
     out = jax.lax.map(lambda x: one(x[0], x[1], x[2], k, v, segment_ids), inputs)
-    return _from_groups(jnp.concatenate(list(out), axis=3))[:, :length]
+    return _from_groups(jnp.moveaxis(out, 0, 3).reshape(grouped.shape))[:, :length]
 
 
 def _chunk(rows: int, length: int) -> int:

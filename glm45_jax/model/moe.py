@@ -132,7 +132,7 @@ _dispatch.defvjp(lambda x, order, place, top_k: (_dispatch(x, order, place, top_
 
 
 @jax.custom_vjp
-def _permute(x: Float[Array, M * n], order: Int[Array, " M"], back: Int[Array, " M"]) -> Float[Array, M * n]:
+def _permute(x: Float[Array, "M ..."], order: Int[Array, " M"], back: Int[Array, " M"]) -> Float[Array, "M ..."]:
     """x[order], where `back` is the inverse of `order`."""
     return x[order]
 

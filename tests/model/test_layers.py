@@ -83,3 +83,17 @@ def test_chunked_attention(path: str, monkeypatch) -> None:
     np.testing.assert_allclose(quick_jit(run)(q, k, v), expected, atol=1e-5)
     for ours, slope in zip(quick_jit(jax.grad(lambda *x: jnp.vdot(run(*x), target), (0, 1, 2)))(q, k, v), slopes):
         np.testing.assert_allclose(ours, slope, atol=1e-4)
+
+
+def test_the_program_does_not_grow_with_the_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 16)
+
+    def size(length: int) -> int:
+        q, k = (
+            jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32),
+            jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32),
+        )
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        return str(jax.make_jaxpr(attention.attend_causal)(q, k, k, segments)).count(" = ")
+
+    assert size(1024) == size(4096)
