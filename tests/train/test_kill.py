@@ -59,6 +59,11 @@ def finish(process):
     return out.strip().splitlines()[-1]
 
 
+def assert_ends_like(reference, folder, name):
+    assert finish(start(folder, name)) == reference[0]
+    assert losses(folder, name) == reference[1]
+
+
 def kill_when(process, condition):
     """SIGKILL at the first moment at which `condition` holds; False if the run was over before."""
     while process.poll() is None:
@@ -100,8 +105,7 @@ def test_killed_in_a_save_and_at_random(folder, reference):
     assert 0 < newest < 40
     file = folder / "killed" / "metrics.jsonl"
     assert kill_when(start(folder, "killed"), lambda: f'"step": {newest + 5},' in file.read_text())
-    assert finish(start(folder, "killed")) == reference[0]
-    assert losses(folder, "killed") == reference[1]
+    assert_ends_like(reference, folder, "killed")
     assert (folder / "killed" / "model" / "tokenizer.json").exists()
 
 
@@ -116,12 +120,10 @@ def test_killed_at_many_moments(folder, reference):
         if kill_when(start(folder, f"many{runs}"), lambda end=end: time.monotonic() > end):
             kills += 1
             continue
-        assert finish(start(folder, f"many{runs}")) == reference[0]
-        assert losses(folder, f"many{runs}") == reference[1]
+        assert_ends_like(reference, folder, f"many{runs}")
         runs += 1
     assert kills >= 4
-    assert finish(start(folder, f"many{runs}")) == reference[0]
-    assert losses(folder, f"many{runs}") == reference[1]
+    assert_ends_like(reference, folder, f"many{runs}")
 
 
 @pytest.mark.slow
