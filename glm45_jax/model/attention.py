@@ -24,32 +24,34 @@ _UNROLLED_CHUNKS = 8
 
 
 def project(x: Float[Array, "B S D"], module: Any, config: ModelConfig, rotary: tuple[Array, Array]):
-    """Queries [B, S, H, h], keys and values [B, K, S, h]: biased, normed where the model does so, then rotated."""
-    heads = lambda y: y.reshape(*x.shape[:2], -1, config.head_dim)  # noqa: E731
+    """Queries [B, H, S, h], keys and values [B, K, S, h]: biased, normed where the model does so, then rotated.
+
+    Heads come first before the norm: XLA for CPU would else fuse the norm into the product, at half its speed.
+    """
+    heads = lambda y: y.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)  # noqa: E731
     q, k, v = heads(linear(x, module.q)), heads(linear(x, module.k)), heads(linear(x, module.v))
     if config.use_qk_norm:
         q = rms_norm(q, module.q_norm.scale[...], config.rms_norm_eps)
         k = rms_norm(k, module.k_norm.scale[...], config.rms_norm_eps)
-    q, k = rotate(q, *rotary), rotate(k, *rotary)
-    return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return rotate(q, *rotary), rotate(k, *rotary), v
 
 
-def output(attended: Float[Array, "B S H h"], module: Any) -> Float[Array, "B S D"]:
-    return linear(attended.reshape(*attended.shape[:2], -1), module.o)
+def output(attended: Float[Array, "B H S h"], module: Any) -> Float[Array, "B S D"]:
+    return linear(attended.swapaxes(1, 2).reshape(attended.shape[0], attended.shape[2], -1), module.o)
 
 
 def attend(
-    q: Float[Array, "B S H h"],
+    q: Float[Array, "B H S h"],
     k: Float[Array, "B K T h"],
     v: Float[Array, "B K T h"],
     *,
     slots: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     kv_segment_ids: Int[Array, "B T"],
-) -> Float[Array, "B S H h"]:
+) -> Float[Array, "B H S h"]:
     """Attention over keys that lie no later than the query's slot and in its segment."""
     bias = _bias(slots, segment_ids, kv_segment_ids)
-    return _from_groups(_attend_groups(_to_groups(q, k.shape[1]), k, v, bias))
+    return _attend_groups(_to_groups(q, k.shape[1]), k, v, bias).reshape(q.shape)
 
 
 def _bias(
@@ -60,15 +62,9 @@ def _bias(
     return jnp.where(earlier & (segment_ids[..., None] == kv_segment_ids[:, None]), 0.0, _MASKED)
 
 
-def _to_groups(q: Float[Array, "B S H h"], kv_heads: int) -> Float[Array, "B K G S h"]:
-    """Scaled queries, in the order in which they meet the keys: kv head by kv head."""
-    q = (q * q.shape[-1] ** -0.5).reshape(*q.shape[:2], kv_heads, -1, q.shape[-1])
-    return q.transpose(0, 2, 3, 1, 4)
-
-
-def _from_groups(out: Float[Array, "B K G S h"]) -> Float[Array, "B S H h"]:
-    batch, kv_heads, groups, queries, head_dim = out.shape
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, kv_heads * groups, head_dim)
+def _to_groups(q: Float[Array, "B H S h"], kv_heads: int) -> Float[Array, "B K G S h"]:
+    """Scaled queries, by the kv head that they meet."""
+    return (q * q.shape[-1] ** -0.5).reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
 
 
 @jax.custom_vjp
@@ -130,14 +126,14 @@ def attend_one(
 
 @recomputed
 def attend_causal(
-    q: Float[Array, "B S H h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], segment_ids: Int[Array, "B S"]
-) -> Float[Array, "B S H h"]:
+    q: Float[Array, "B H S h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], segment_ids: Int[Array, "B S"]
+) -> Float[Array, "B H S h"]:
     """Attention of a whole sequence to itself, in chunks of queries, each against the keys up to its own end only.
 
     Chunks leave out the keys that no query of theirs may see, and bound the memory of the scores.
     """
-    length = q.shape[1]
-    chunk = _chunk(q.shape[0] * q.shape[2], length)
+    length = q.shape[2]
+    chunk = _chunk(q.shape[0] * q.shape[1], length)
     padded = math.ceil(length / chunk) * chunk
     grouped = jnp.pad(_to_groups(q, k.shape[1]), ((0, 0), (0, 0), (0, 0), (0, padded - length), (0, 0)))
     query_segments = jnp.pad(segment_ids, ((0, 0), (0, padded - length)))
@@ -146,6 +142,7 @@ def attend_causal(
         slots = jnp.broadcast_to(start + jnp.arange(chunk), segments.shape)
         return _attend_groups(q_chunk, k, v, _bias(slots, segments, kv_segments))
 
+    joined = lambda out: out.reshape(*q.shape[:2], padded, -1)[:, :, :length]  # noqa: E731
     starts = range(0, padded, chunk)
     if len(starts) <= _UNROLLED_CHUNKS:
         cut = lambda x, axis: jax.lax.split(x, [chunk] * len(starts), axis)  # noqa: E731
@@ -153,11 +150,11 @@ def attend_causal(
             one(s, q_chunk, segments, k[:, :, : s + chunk], v[:, :, : s + chunk], segment_ids[:, : s + chunk])
             for s, q_chunk, segments in zip(starts, cut(grouped, 3), cut(query_segments, 1))
         ]
-        return _from_groups(jnp.concatenate(out, axis=3))[:, :length]
+        return joined(jnp.concatenate(out, axis=3))
     split = lambda x, axis: jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :]), axis, 0)  # noqa: E731
     inputs = (jnp.arange(0, padded, chunk), split(grouped, 3), split(query_segments, 1))
     out = jax.lax.map(lambda x: one(x[0], x[1], x[2], k, v, segment_ids), inputs)
-    return _from_groups(jnp.moveaxis(out, 0, 3).reshape(grouped.shape))[:, :length]
+    return joined(jnp.moveaxis(out, 0, 3).reshape(grouped.shape))
 
 
 def _chunk(rows: int, length: int) -> int:

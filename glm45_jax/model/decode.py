@@ -124,7 +124,7 @@ def decode_step(
 
 
 def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
-    """Attention of one new token of each row [B, 1, H, h] to the cached keys and values of a layer."""
+    """Attention of one new token of each row [B, H, 1, h] to the cached keys and values of a layer."""
 
     def batched(q, k, v, layer, slots, segments, kv_segments):
         keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q.dtype) for x in (k, v))
@@ -138,9 +138,9 @@ def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
                 for x in (k, v)
             )
             seen = (jnp.arange(k.shape[3]) <= slots[row, 0]) & (kv_segments[row] == segments[row, 0])
-            return attend_one(q[row, 0], keys, values, seen)
+            return attend_one(q[row, :, 0], keys, values, seen)
 
-        return jax.lax.map(one, jnp.arange(q.shape[0]))[:, None]
+        return jax.lax.map(one, jnp.arange(q.shape[0]))[:, :, None]
 
     args = (q, k, v, layer, slots, segment_ids, kv_segment_ids)
     return jax.lax.platform_dependent(*args, cpu=row_by_row, default=batched)

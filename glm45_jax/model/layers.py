@@ -88,13 +88,13 @@ def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
 
 @recomputed
 def rotate(
-    x: Float[Array, "B S H h"], cos: Float[Array, "B S r"], sin: Float[Array, "B S r"]
-) -> Float[Array, "B S H h"]:
+    x: Float[Array, "B H S h"], cos: Float[Array, "B S r"], sin: Float[Array, "B S r"]
+) -> Float[Array, "B H S h"]:
     """Rotary embedding of the first 2r dimensions of each head; the rest of the head passes through.
 
     Pairs the first half with the second (NEOX), not neighbours as the dense GLM-4 does.
     """
     half = cos.shape[-1]
-    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -29,14 +29,14 @@ def test_rms_norm_multiplies_after_the_cast() -> None:
 
 def test_rotation_pairs_the_halves_of_the_first_dimensions() -> None:
     config = small_config(head_dim=16, partial_rotary_factor=0.5, rope_theta=1e4)
-    x = np.random.default_rng(0).standard_normal((1, 3, 2, 16)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, 16)).astype(np.float32)
     positions = np.array([[0, 5, 100]])
     out = np.asarray(rotate(jnp.asarray(x), *rotary_tables(config, jnp.asarray(positions))))
     np.testing.assert_array_equal(out[..., 8:], x[..., 8:])
-    np.testing.assert_array_equal(out[:, 0], x[:, 0])
+    np.testing.assert_array_equal(out[:, :, 0], x[:, :, 0])
     for i in range(4):  # pair i is dimensions i and i + 4, turned by position * theta^(-2i/8)
         angle = positions[0] * 1e4 ** (-2 * i / 8)
-        pair = (x[0, :, :, i] + 1j * x[0, :, :, i + 4]) * np.exp(1j * angle)[:, None]
+        pair = (x[0, :, :, i] + 1j * x[0, :, :, i + 4]) * np.exp(1j * angle)
         np.testing.assert_allclose(out[0, :, :, i] + 1j * out[0, :, :, i + 4], pair, atol=1e-5)
 
 
@@ -50,13 +50,13 @@ def test_angles_stay_float32_under_bfloat16() -> None:
 
 def plain_attention(q, k, v, segments):
     """Every score at once, differentiated by JAX itself."""
-    groups = q.shape[2] // k.shape[1]
+    groups = q.shape[1] // k.shape[1]
     k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
-    scores = jnp.einsum("bshd,bhtd->bhst", q, k) * q.shape[-1] ** -0.5
-    place = jnp.arange(q.shape[1])
+    scores = jnp.einsum("bhsd,bhtd->bhst", q, k) * q.shape[-1] ** -0.5
+    place = jnp.arange(q.shape[2])
     seen = (place[:, None] >= place) & (segments[:, :, None] == segments[:, None])
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhst,bhtd->bshd", weights, v)
+    return jnp.einsum("bhst,bhtd->bhsd", weights, v)
 
 
 @pytest.mark.parametrize("path", ["one", "unrolled", "mapped"])
@@ -66,7 +66,7 @@ def test_chunked_attention(path: str, monkeypatch) -> None:
         monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 16)
     length = 100 if path == "one" else 300
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.standard_normal((2, length, 4, 8)), jnp.float32)
+    q = jnp.asarray(rng.standard_normal((2, 4, length, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.standard_normal((2, 2, length, 8)), jnp.float32) for _ in range(2))
     segments = np.ones((2, length), np.int32)
     segments[1, length // 3 :] = 2
@@ -90,7 +90,7 @@ def test_the_program_does_not_grow_with_the_chunks(monkeypatch) -> None:
 
     def size(length: int) -> int:
         q, k = (
-            jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32),
+            jax.ShapeDtypeStruct((1, 4, length, 8), jnp.float32),
             jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32),
         )
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
