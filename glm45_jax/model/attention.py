@@ -23,17 +23,29 @@ _SCORE_BYTES = 1 << 28  # of one chunk of float32 scores
 _UNROLLED_CHUNKS = 8
 
 
-def project(x: Float[Array, "B S D"], module: Any, config: ModelConfig, rotary: tuple[Array, Array]):
-    """Queries [B, H, S, h], keys and values [B, K, S, h]: biased, normed where the model does so, then rotated.
-
-    Heads come first before the norm: XLA for CPU would else fuse the norm into the product, at half its speed.
-    """
-    heads = lambda y: y.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)  # noqa: E731
-    q, k, v = heads(linear(x, module.q)), heads(linear(x, module.k)), heads(linear(x, module.v))
+def queries(
+    x: Float[Array, "B S D"], module: Any, config: ModelConfig, rotary: tuple[Array, Array]
+) -> Float[Array, "B H S h"]:
+    """Projected, with its bias; normed where the model does so; rotated."""
+    q = _heads(linear(x, module.q), config)
     if config.use_qk_norm:
         q = rms_norm(q, module.q_norm.scale[...], config.rms_norm_eps)
+    return rotate(q, *rotary)
+
+
+def keys_values(
+    x: Float[Array, "B S D"], module: Any, config: ModelConfig, rotary: tuple[Array, Array]
+) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]:
+    """As `queries`; values are neither normed nor rotated."""
+    k, v = _heads(linear(x, module.k), config), _heads(linear(x, module.v), config)
+    if config.use_qk_norm:
         k = rms_norm(k, module.k_norm.scale[...], config.rms_norm_eps)
-    return rotate(q, *rotary), rotate(k, *rotary), v
+    return rotate(k, *rotary), v
+
+
+def _heads(x: Float[Array, "B S O"], config: ModelConfig) -> Float[Array, "B H S h"]:
+    """Heads first, before the norm: XLA for CPU would else fuse the norm into the product, at half its speed."""
+    return x.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)
 
 
 def output(attended: Float[Array, "B H S h"], module: Any) -> Float[Array, "B S D"]:

@@ -12,6 +12,7 @@ Axes: B batch, S new tokens, T slots, L layers, K kv heads, h head dim, D model,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import attend, attend_causal, attend_one, output, project
+from glm45_jax.model.attention import attend, attend_causal, attend_one, keys_values, output, queries
 from glm45_jax.model.decoder import Rows, embed, head_logits, head_weight, rows_of
 from glm45_jax.model.layers import rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import moe_decode
@@ -71,7 +72,8 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads the prompts into an empty cache. Returns the logits after each row's last token, and the cache.
 
-    Padding (mask or segment 0) may stand on either side. With padding on the right the next token overwrites it.
+    Padding (mask or segment 0) may stand on either side. With padding on the right the next token overwrites it. Of the
+    last layer only what those logits and the cache need is computed: keys and values, and the rest for last tokens.
 
     Raises:
       UserError: more tokens than slots.
@@ -82,23 +84,25 @@ def prefill(
     rows = rows_of(tokens, positions, segment_ids, attention_mask)
     place = jnp.arange(tokens.shape[1])
     last = jnp.max(jnp.where(rows.segment_ids != 0, place, 0), axis=1)
-    at_last = lambda x: jnp.take_along_axis(x, last[:, None], axis=1)[:, 0]  # noqa: E731
+    position, segment = (x[jnp.arange(last.size), last] for x in (rows.positions, rows.segment_ids))
 
     def attention(q, k, v, kv, layer):
         kv = tuple(
             jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, 0, 0, 0))
             for stack, new in zip(kv, (k, v))
         )
+        if q.shape[2] == 1:
+            slots, own = last[:, None], segment[:, None]
+            return attend(q, k, v, slots=slots, segment_ids=own, kv_segment_ids=rows.segment_ids), kv
         return attend_causal(q, k, v, rows.segment_ids), kv
 
-    h, (k, v) = _layers(params, config, tokens, rows, (cache.k, cache.v), attention)
+    h, (k, v) = _layers(params, config, tokens, rows, (cache.k, cache.v), attention, last)
     cache = KVCache(
         k, v,
         jax.lax.dynamic_update_slice(cache.segment_ids, rows.segment_ids, (0, 0)),
-        last + 1, at_last(rows.positions) + 1, at_last(rows.segment_ids),
+        last + 1, position + 1, segment,
     )  # fmt: skip
-    h = jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
-    return _logits(params, config, h), cache
+    return _logits(params, config, h[:, 0]), cache
 
 
 def decode_step(
@@ -161,27 +165,37 @@ def _write(
     return stack
 
 
-def _layers(params, config, tokens, rows, kv, attention):
-    """All layers, by number; `attention(q, k, v, kv, layer)` reads and updates the cache."""
-    h = embed(params["embed"]["weight"], tokens, config)
+def _layers(params, config, tokens, rows, kv, attention, last=None):
+    """All layers, by number; `attention(q, k, v, kv, layer)` reads and updates the cache.
+
+    With `last`, the place of one token in each row, the last layer goes on with those tokens alone.
+    """
     rotary = rotary_tables(config, rows.positions)
-    first = 0
-    for kind, count in stacked_kinds(config).items():
+    at_last = lambda x: jnp.take_along_axis(x, last[:, None, None], axis=1)  # noqa: E731
 
-        def body(index, carry, kind=kind, first=first):
-            h, kv = carry
-            module = merge(config, kind, _layer(params[kind], index))
-            a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
-            attended, kv = attention(*project(a, module.attention, config, rotary), kv, first + index)
-            h = h + output(attended, module.attention)
-            b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
-            if hasattr(module, "mlp"):
-                return h + swiglu(b, module.mlp), kv
-            y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, index)
-            return h + y.reshape(h.shape), kv
+    def layer(index, carry, kind, first, cut=False):
+        h, kv = carry
+        module = merge(config, kind, _layer(params[kind], index))
+        a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
+        k, v = keys_values(a, module.attention, config, rotary)
+        h, a, angles = jax.tree.map(at_last, (h, a, rotary)) if cut else (h, a, rotary)
+        attended, kv = attention(queries(a, module.attention, config, angles), k, v, kv, first + index)
+        h = h + output(attended, module.attention)
+        b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
+        if hasattr(module, "mlp"):
+            return h + swiglu(b, module.mlp), kv
+        y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, index)
+        return h + y.reshape(h.shape), kv
 
-        h, kv = jax.lax.fori_loop(0, count, body, (h, kv))
+    carry, first = (embed(params["embed"]["weight"], tokens, config), kv), 0
+    kinds = stacked_kinds(config)
+    for kind, count in kinds.items():
+        whole = count - (last is not None and kind == list(kinds)[-1])
+        carry = jax.lax.fori_loop(0, whole, functools.partial(layer, kind=kind, first=first), carry)
+        if whole < count:
+            carry = layer(whole, carry, kind, first, cut=True)
         first += count
+    h, kv = carry
     return rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps), kv
 
 

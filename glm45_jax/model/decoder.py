@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import attend_causal, output, project
+from glm45_jax.model.attention import attend_causal, keys_values, output, queries
 from glm45_jax.model.layers import linear, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import Routing, moe
 from glm45_jax.model.params import Params, merge, merge_outer, stacked_kinds
@@ -137,7 +137,7 @@ def block(
 ) -> tuple[Float[Array, "B S D"], Routing | None]:
     """One decoder layer: h + attention(norm h), then + MLP or experts(norm of that)."""
     a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
-    q, k, v = project(a, module.attention, config, rotary)
+    q, (k, v) = (project(a, module.attention, config, rotary) for project in (queries, keys_values))
     h = h + checkpoint_name(output(attend_causal(q, k, v, rows.segment_ids), module.attention), _BLOCK_OUTPUT)
     b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
     if hasattr(module, "mlp"):
