@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 
 _KEPT = "kept"
+_FEW_ROWS = 32
+_LARGE_WEIGHT = 1 << 18  # elements
+_MOST_LAYER_OUTPUTS = 1 << 14  # a weight with more is the head
 
 
 def keep(x: Any) -> Any:
@@ -52,7 +55,26 @@ def matmul_t(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any = 
         # any other form, or fused with its neighbours, it copies the weight first.
         y = _unfused(jnp.matmul(_unfused(x.reshape(-1)), weight.T, preferred_element_type=dtype))
         return y.reshape(*x.shape[:-1], -1)
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+    plain = functools.partial(_contract, dtype=dtype)
+    if x.size > _FEW_ROWS * x.shape[-1] or weight.size < _LARGE_WEIGHT:
+        return plain(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=functools.partial(_weight_first, dtype=dtype), default=plain)
+
+
+def _contract(a: Float[Array, "*n I"], b: Float[Array, "O I"], dtype: Any) -> Float[Array, "*n O"]:
+    return jax.lax.dot_general(a, b, (((a.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _weight_first(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any) -> Float[Array, "*n O"]:
+    """XLA for CPU packs the right side, here the few rows, and takes the left where it lies.
+
+    A layer's weight is cut out of its stack by one thread, so by halves both have something to do; only the head is as
+    large as not to come from a stack.
+    """
+    rows, out = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    parts = [weight] if out > _MOST_LAYER_OUTPUTS else jnp.array_split(weight, 2)
+    y = jnp.concatenate([_contract(part, rows, dtype) for part in parts])
+    return y.T.reshape(*x.shape[:-1], out)
 
 
 def _unfused(x: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm45_jax.model import attention
-from glm45_jax.model.layers import rms_norm, rotary_tables, rotate
+from glm45_jax.model import attention, layers
+from glm45_jax.model.layers import matmul_t, rms_norm, rotary_tables, rotate
 from tests.support import quick_jit, small_config
 
 
@@ -25,6 +25,24 @@ def test_rms_norm_multiplies_after_the_cast() -> None:
     after = scale * normed.astype(ml_dtypes.bfloat16)
     before = (scale.astype(np.float32) * normed).astype(ml_dtypes.bfloat16)
     assert (ours == after).mean() > 0.99 and (ours == before).mean() < 0.9
+
+
+@pytest.mark.parametrize("outputs", [513, 20000])
+@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (2, 512), (4, 3, 512), (33, 512)])
+def test_few_rows_times_a_large_weight(shape: tuple[int, ...], outputs: int) -> None:
+    """Each way through `matmul_t`, with gradients, against float64."""
+    rng = np.random.default_rng(0)
+    shapes = (shape, (outputs, 512), (*shape[:-1], outputs))
+    x, weight, target = (rng.standard_normal(s).astype(np.float32) for s in shapes)
+    assert weight.size >= layers._LARGE_WEIGHT and (outputs > layers._MOST_LAYER_OUTPUTS) == (outputs == 20000)
+    exact = [a.astype(np.float64) for a in (x, weight, target)]
+    y, back = jax.vjp(matmul_t, jnp.asarray(x), jnp.asarray(weight))
+    np.testing.assert_allclose(y, exact[0] @ exact[1].T, atol=1e-3)
+    slopes = back(jnp.asarray(target))
+    np.testing.assert_allclose(slopes[0], exact[2] @ exact[1], atol=1e-2)
+    np.testing.assert_allclose(slopes[1], exact[2].reshape(-1, outputs).T @ exact[0].reshape(-1, 512), atol=1e-3)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, weight)]
+    assert matmul_t(*half).dtype == jnp.bfloat16 and matmul_t(*half, jnp.float32).dtype == jnp.float32
 
 
 def test_rotation_pairs_the_halves_of_the_first_dimensions() -> None:
