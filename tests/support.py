@@ -45,12 +45,18 @@ class Oracle:
         return name in self.arrays
 
 
-def oracle_paths(inside: str = "", slow: Collection[str] = ()) -> list[Any]:
-    """pytest parameters, one per folder with an oracle (with arrays named so); those in `slow` marked slow."""
+def oracle_paths(inside: str = "", slow: Collection[str] = (), fast: Collection[str] | None = None) -> list[Any]:
+    """pytest parameters, one per folder with an oracle (with arrays named so).
+
+    Marked slow are those in `slow`, or all that are not in `fast` where that is given.
+    """
     found = sorted(FIXTURES.glob("*/oracle.npz")) + sorted(GOLDEN.glob("checkpoints/*/*/oracle.npz"))
     kept = [file.parent for file in found if not inside or any(inside in name for name in np.load(file).files)]
-    marks = {name: [pytest.mark.slow] for name in slow}
-    return [pytest.param(path, id=oracle_name(path), marks=marks.get(oracle_name(path), [])) for path in kept]
+
+    def marks(name: str) -> list[Any]:
+        return [pytest.mark.slow] if name in slow or (fast is not None and name not in fast) else []
+
+    return [pytest.param(path, id=oracle_name(path), marks=marks(oracle_name(path))) for path in kept]
 
 
 def oracle_name(path: Path) -> str:

@@ -183,7 +183,10 @@ def test_gradients_are_the_slopes(params, tokens) -> None:
     assert float(slope) == pytest.approx(float(sum(jax.tree.leaves(products))), rel=0.02)
 
 
-@pytest.mark.parametrize("policy", [policy for policy in get_args(RematPolicy) if policy != "none"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, marks=[] if p == "full" else pytest.mark.slow) for p in get_args(RematPolicy) if p != "none"],
+)
 def test_remat_changes_no_gradient(policy: str, params, tokens) -> None:
     plain, again = gradient(params, CONFIG, tokens), gradient(params, CONFIG.replace(remat=policy), tokens)
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), plain, again)

@@ -28,7 +28,7 @@ def test_rms_norm_multiplies_after_the_cast() -> None:
 
 
 @pytest.mark.parametrize("outputs", [513, 20000])
-@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (2, 512), (4, 3, 512), (33, 512)])
+@pytest.mark.parametrize("shape", [(1, 1, 512), (4, 3, 512), (33, 512)])
 def test_few_rows_times_a_large_weight(shape: tuple[int, ...], outputs: int) -> None:
     """Each way through `matmul_t`, with gradients, against float64."""
     rng = np.random.default_rng(0)

@@ -93,6 +93,7 @@ def test_rotary_angles_far_out() -> None:
             np.testing.assert_allclose(a, b.numpy()[..., :half], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_long_sequences(tmp_path) -> None:
     """Chunked attention and many tokens per expert: 600 tokens, where the fixtures have a dozen."""
     case = live.Case({"num_hidden_layers": 2, "max_position_embeddings": 1024, "n_routed_experts": 16})

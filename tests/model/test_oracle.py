@@ -17,6 +17,8 @@ import glm45_jax as glm
 from tests.support import oracle_paths, published_gradient, quick_jit
 
 TOLERANCE = 2e-5
+SLOW = {"bf16", "glm46", "groups", "golden_a_air_f32", "golden_b_glm45_f32"}  # what they compute, others compute too
+FAST_GRADIENTS = {"air", "raw_weights", "tied"}
 MASKS = ("full", "left", "right")
 
 
@@ -44,7 +46,7 @@ def computed(oracles):
     return get
 
 
-@pytest.mark.parametrize("path", oracle_paths())
+@pytest.mark.parametrize("path", oracle_paths(slow=SLOW))
 def test_logits(path, computed) -> None:
     o, (out, left_with_positions) = computed(path)
     batch = len(o["input_ids"])
@@ -54,7 +56,7 @@ def test_logits(path, computed) -> None:
     same(left_with_positions, o["logits_left_pos"], o["mask_left"])
 
 
-@pytest.mark.parametrize("path", oracle_paths())
+@pytest.mark.parametrize("path", oracle_paths(slow=SLOW))
 def test_hidden_states(path, computed) -> None:
     o, (out, _) = computed(path)
     batch, layers = len(o["input_ids"]), o.config.num_hidden_layers
@@ -66,7 +68,7 @@ def test_hidden_states(path, computed) -> None:
     np.testing.assert_array_equal(out.hidden, out.hidden_states[-1])
 
 
-@pytest.mark.parametrize("path", oracle_paths("router_logits_0"))
+@pytest.mark.parametrize("path", oracle_paths("router_logits_0", slow=SLOW))
 def test_router(path, computed) -> None:
     o, (out, _) = computed(path)
     batch, moe_layers = len(o["input_ids"]), o.config.num_moe_layers
@@ -79,7 +81,7 @@ def test_router(path, computed) -> None:
             np.testing.assert_array_equal(np.sort(indices, -1), o[f"router_indices_{i}"])
 
 
-@pytest.mark.parametrize("path", oracle_paths("mtp_logits"))
+@pytest.mark.parametrize("path", oracle_paths("mtp_logits", slow={"bf16", "glm46", "golden_g_mtp_f32"}))
 def test_mtp(path, oracles) -> None:
     o = oracles(path)
     mtp = quick_jit(glm.mtp_forward, static_argnums=1)(o.params, o.config, o["input_ids"])
@@ -99,20 +101,7 @@ def cross_entropy(params: Any, config: Any, batch: Any) -> jax.Array:
 slope = quick_jit(jax.value_and_grad(cross_entropy), static_argnums=1)
 
 
-# Their ways of differentiating are those of the others.
-SLOW = {
-    "bf16",
-    "dense",
-    "glm46",
-    "groups",
-    "no_shared",
-    "golden_a_air_f32",
-    "golden_b_glm45_f32",
-    "golden_b_glm45_bf16",
-}
-
-
-@pytest.mark.parametrize("path", oracle_paths("loss", slow=SLOW))
+@pytest.mark.parametrize("path", oracle_paths("loss", fast=FAST_GRADIENTS))
 def test_loss_and_gradients(path, oracles) -> None:
     o = oracles(path)
     mask = o["mask_right"]

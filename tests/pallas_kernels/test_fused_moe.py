@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import fused_moe
+from tests.support import quick_jit
 
 IMPLEMENTATIONS = ("reference", "cpu")
 D, F, E, L = 12, 7, 9, 3
@@ -39,13 +41,9 @@ def test_against_float64(tokens: int, spread: str, transpose: bool, implementati
     stacks = _weights()
     expected = _expected(x, *(s[1] for s in stacks), indices, weights)
     given = [jnp.asarray(np.swapaxes(s, 2, 3) if transpose else s, jnp.float32) for s in stacks]
-    call = jax.jit(
-        lambda layer: fused_moe(
-            jnp.asarray(x, jnp.float32), *given, jnp.asarray(indices), jnp.asarray(weights, jnp.float32),
-            layer=layer, transpose_rhs=transpose, implementation=implementation,
-        )
-    )  # fmt: skip
-    np.testing.assert_allclose(call(jnp.int32(1)), expected, rtol=2e-5, atol=2e-5)
+    call = quick_jit(functools.partial(fused_moe, transpose_rhs=transpose, implementation=implementation))
+    args = (jnp.asarray(x, jnp.float32), *given, jnp.asarray(indices), jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(call(*args, layer=jnp.int32(1)), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import blocks
+from tests.support import quick_jit
 
 IMPLEMENTATIONS = ("reference", "cpu")
 
@@ -50,8 +51,12 @@ def test_values_and_gradients(case: str, transpose: bool, implementation: str) -
     def product(lhs, rhs):
         return grouped_matmul(lhs, rhs, jnp.asarray(sizes), transpose_rhs=transpose, implementation=implementation)
 
-    out, pull = jax.vjp(product, jnp.asarray(lhs, jnp.float32), jnp.asarray(given, jnp.float32))
-    dlhs, drhs = pull(jnp.asarray(dout, jnp.float32))
+    @quick_jit
+    def with_gradients(lhs, rhs, dout):
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(dout)
+
+    out, dlhs, drhs = with_gradients(*(jnp.asarray(x, jnp.float32) for x in (lhs, given, dout)))
     np.testing.assert_allclose(out, _expected(lhs, rhs, sizes), atol=2e-5)
     np.testing.assert_allclose(dlhs, _expected(dout, np.swapaxes(rhs, 1, 2), sizes), atol=2e-5)
     start, expected = 0, np.zeros_like(rhs)
@@ -70,9 +75,9 @@ def test_a_layer_of_a_stack(implementation: str) -> None:
     def product(stack, layer):
         return grouped_matmul(lhs32, stack, sizes, layer=layer, implementation=implementation)
 
-    out = jax.jit(product)(stack, jnp.int32(2))
+    out = quick_jit(product)(stack, jnp.int32(2))
     np.testing.assert_allclose(out, _expected(lhs, rhs * 2, np.asarray(sizes)), atol=1e-4)
-    gradient = jax.grad(lambda s: product(s, 1).sum())(stack)
+    gradient = quick_jit(jax.grad(lambda s: product(s, 1).sum()))(stack)
     assert (gradient[0] == 0).all() and (gradient[2] == 0).all() and (gradient[1] != 0).any()
 
 
@@ -98,12 +103,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("singles", [0, 3])
 def test_blocks_cover_every_row_once_in_order(singles: int) -> None:
     rng = np.random.default_rng(0)
+    cut = quick_jit(blocks.cut, static_argnums=(1, 2, 3))
     for _ in range(20):
-        sizes = rng.integers(0, 40, size=6) * rng.integers(0, 2, size=6)
-        total = max(int(sizes.sum()), 1)
-        work = blocks.cut(jnp.asarray(sizes), total, 16, singles)
+        sizes = rng.multinomial(100, rng.dirichlet([0.3] * 6))
+        work = cut(jnp.asarray(sizes), 100, 16, singles)
         assert int(work.count) <= len(work.start)
-        seen = [(int(g), int(s) + i) for g, s, r in zip(*work[:3]) for i in range(int(r))][: int(sizes.sum())]
+        seen = [(int(g), int(s) + i) for g, s, r in zip(*work[:3]) for i in range(int(r))][:100]
         groups = np.repeat(np.arange(6), sizes)
         assert seen == [(int(group), row) for row, group in enumerate(groups)]
         if singles:

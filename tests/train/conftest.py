@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from glm45_jax.config import get_preset
 from glm45_jax.data import DataConfig, SourceConfig
 from glm45_jax.train import OptimizerConfig, TrainConfig, init_state, train_step
-
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than the few steps of a test
+from tests.support import quick_jit
 
 
 @pytest.fixture(scope="session")
 def quick_programs():
-    step = jax.jit(train_step, static_argnames="config", donate_argnums=0, compiler_options=QUICK)
-    return step, jax.jit(init_state, static_argnames="config", compiler_options=QUICK)
+    step = quick_jit(train_step, static_argnames="config", donate_argnums=0)
+    return step, quick_jit(init_state, static_argnames="config")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from glm45_jax.train.optimizer import (
     parameter_groups,
     scale_by_muon,
 )
+from tests.support import quick_jit
 
 ATTENTION = {
     "attention.q.weight": "muon", "attention.k.weight": "muon", "attention.v.weight": "muon",
@@ -107,12 +108,11 @@ def random_gradient(shape, rng):
 def three_steps():
     """Groups, parameters before and after three steps, and the gradients as clipped in float64."""
     config, rng = get_preset("tiny"), np.random.default_rng(0)
-    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
+    params = quick_jit(lambda: init_params(config, jax.random.key(0)))()
     gradients = [jax.tree.map(lambda x: random_gradient(x.shape, rng), params) for _ in range(3)]
     rules = OptimizerConfig(clip_norm=0.5, learning_rate=0.02, min_learning_rate=0.02)
     optimizer = make_optimizer(config, rules, 10)
-    quick = {"xla_backend_optimization_level": 0}
-    state, update, after = jax.jit(optimizer.init)(params), jax.jit(optimizer.update, compiler_options=quick), params
+    state, update, after = quick_jit(optimizer.init)(params), quick_jit(optimizer.update), params
     clipped = []
     for g in gradients:
         updates, state = update(g, state, after)
@@ -159,11 +159,12 @@ def test_muon_equals_optax(nesterov):
     ours = scale_by_muon(nesterov=nesterov)
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     states = theirs.init(params), ours.init(params)
+    update_theirs, update_ours = quick_jit(theirs.update), quick_jit(ours.update)
     for step in range(4):
         keys = jax.random.split(jax.random.key(step), len(shapes))
         g = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items())}
-        want, state_theirs = jax.jit(theirs.update)(g, states[0])
-        got, state_ours = jax.jit(ours.update)(g, states[1])
+        want, state_theirs = update_theirs(g, states[0])
+        got, state_ours = update_ours(g, states[1])
         states = state_theirs, state_ours
         for name in shapes:
             np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=name)

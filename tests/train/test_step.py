@@ -12,9 +12,9 @@ from glm45_jax.config import get_preset
 from glm45_jax.train.config import TrainConfig
 from glm45_jax.train.optimizer import OptimizerConfig
 from glm45_jax.train.step import balance_experts, init_state, train_step
+from tests.support import quick_jit
 
 MODEL = get_preset("tiny", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, first_k_dense_replace=0)
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than these tests' few steps
 
 
 def config(**changes):
@@ -38,18 +38,19 @@ def make_batch(seed=0, rows=4, length=24):
 
 @functools.cache
 def step_of(config):
-    return jax.jit(functools.partial(train_step, config=config), compiler_options=QUICK)
+    return quick_jit(functools.partial(train_step, config=config))
 
 
 @functools.cache
 def start(config):
-    return jax.jit(functools.partial(init_state, config), compiler_options=QUICK)()
+    return quick_jit(functools.partial(init_state, config))()
 
 
 def flat(tree):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing():
     whole, parts = config(), config(accumulation=2)
     one, metrics_one = step_of(whole)(start(whole), make_batch())
