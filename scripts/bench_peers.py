@@ -5,14 +5,17 @@ whose speed drifts slows both; medians and their ratio are printed. transformers
 of the experts.
 
     python scripts/bench_peers.py                    # everything
-    python scripts/bench_peers.py --only decode --json out.json
+    python scripts/bench_peers.py --json docs/proofs/peers.json
+    python scripts/bench_peers.py --only decode --batches 8
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -212,7 +215,9 @@ def main() -> None:
             rows += train(make_pair(TRAIN, directory), args.rounds)
     if args.json:
         versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        args.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2))
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        about = {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "versions": versions}
+        args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
