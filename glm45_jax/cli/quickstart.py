@@ -87,15 +87,11 @@ def train_config(output: Path, *, steps: int = _STEPS, minutes: float | None = N
     files = write_quickstart_data(
         output / "data", seed=seed, sums=20_000, calls=4_000, repeats=20_000, text_bytes=6_000_000
     )
-    shares = {
-        "library": (0.03, "concat"),
-        "tables": (0.07, "best_fit"),
-        "sums": (0.31, "best_fit"),
-        "calls": (0.16, "best_fit"),
-        "bare_calls": (0.23, "best_fit"),
-        "repeats": (0.2, "best_fit"),
-    }
-    sources = tuple(SourceConfig(path=(str(files[k]),), weight=w, packing=p) for k, (w, p) in shares.items())
+    shares = {"library": 0.03, "tables": 0.07, "sums": 0.31, "calls": 0.16, "bare_calls": 0.23, "repeats": 0.2}
+    sources = tuple(
+        SourceConfig(path=(str(files[name]),), weight=share, packing="concat" if name == "library" else "best_fit")
+        for name, share in shares.items()
+    )
     return TrainConfig(
         model=get_preset("mini"),
         data=DataConfig(sources=sources),

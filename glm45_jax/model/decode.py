@@ -165,7 +165,7 @@ def _write(
     return stack
 
 
-def _layers(params, config, tokens, rows, kv, attention, last=None):
+def _layers(params, config, tokens, rows, kv, attention, last: Any = None):
     """All layers, by number; `attention(q, k, v, kv, layer)` reads and updates the cache.
 
     With `last`, the place of one token in each row, the last layer goes on with those tokens alone.
