@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from circumstances import circumstances
 
 DECODE = {
     "vocab_size": 32768, "hidden_size": 1024, "num_hidden_layers": 12, "first_k_dense_replace": 1,
@@ -196,10 +196,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decode batch sizes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    import jax
     import torch
-    import transformers
 
+    about = circumstances("jax", "torch", "transformers")
     torch.set_num_threads(2)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -214,9 +213,6 @@ def main() -> None:
         if args.only in (None, "train"):
             rows += train(make_pair(TRAIN, directory), args.rounds)
     if args.json:
-        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        about = {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "versions": versions}
         args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 

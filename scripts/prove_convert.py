@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from circumstances import circumstances
 from make_checkpoint import Options, make_checkpoint
 
 from glm45_jax.config import get_preset
@@ -223,18 +222,6 @@ def working_folder(parent: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def circumstances() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    packages = ("jax", "tensorstore", "orbax-checkpoint", "numpy", "xxhash")
-    return {
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "cores": os.cpu_count(),
-        "load_average_at_start": os.getloadavg()[0],
-    }
-
-
 def write(results: dict[str, Any], file: Path | None) -> None:
     """What is known so far: the whole takes most of an hour."""
     if file:
@@ -243,7 +230,7 @@ def write(results: dict[str, Any], file: Path | None) -> None:
 
 
 def main(proof: Proof) -> None:
-    results = circumstances()
+    results = circumstances("jax", "tensorstore", "orbax-checkpoint", "numpy", "xxhash")
     with working_folder(proof.work) as folder:
         air = results["glm_4_5_air_two_layers"] = speed_and_memory(folder, proof.repeats)
         print(json.dumps(air, indent=2), flush=True)
