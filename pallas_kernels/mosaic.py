@@ -1,0 +1,38 @@
+"""What the Pallas kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chip import Chip
+
+# What a kernel may ask of its core's VMEM; the compiler needs the rest for itself.
+VMEM_SHARE = 0.9
+
+
+def varying_alike(*arrays: Any) -> tuple[jax.Array, ...]:
+    """The arrays, each varying over every mesh axis that one of them varies over.
+
+    Inside a checked `shard_map` a kernel takes only inputs that vary alike; outside one this does nothing.
+    """
+    axes = frozenset().union(*(_varying(x) for x in arrays))
+    return tuple(jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying") if axes - _varying(x) else x for x in arrays)
+
+
+def kernel_output(shape: Sequence[int], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's result, varying over the mesh axes that `like`, one of its inputs, varies over."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def tpu_params(chip: Chip, *dimension_semantics: str, **others: Any) -> pltpu.CompilerParams:
+    """Compiler parameters of a kernel that may fill the VMEM of `chip`."""
+    limit = int(VMEM_SHARE * chip.on_chip_bytes)
+    return pltpu.CompilerParams(dimension_semantics=dimension_semantics, vmem_limit_bytes=limit, **others)
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    return jax.typeof(x).manual_axis_type.varying
