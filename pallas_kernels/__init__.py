@@ -6,5 +6,6 @@ lowered for choose, so that programs compiled for a TPU on a CPU host are the TP
 
 from pallas_kernels.fused_moe.api import fused_moe
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 
-__all__ = ["fused_moe", "grouped_matmul"]
+__all__ = ["fused_moe", "grouped_matmul", "linear_cross_entropy"]
