@@ -222,7 +222,7 @@ class Interpreter:
     def _scan(self, eqn: Any, args: list[Any]) -> list[Any]:
         p = eqn.params
         body, length = p["jaxpr"], p["length"]
-        num_consts, num_carry = p["num_consts"], p["num_carry"]
+        num_consts, num_carry = _scan_parts(p)
         has_refs = any(not known(a) and a is not UNKNOWN for a in args)
         if not self.interesting(body) and not has_refs:
             return self._opaque(eqn, args)
@@ -246,6 +246,14 @@ class Interpreter:
         mine = [_shard(a, spec, sizes) for a, spec in zip(args, eqn.params["in_specs"])]
         self.run_closed(eqn.params["jaxpr"], mine)
         return [UNKNOWN] * len(eqn.outvars)
+
+
+def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants and how many are carried; said differently from JAX 0.11 on."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _literal(v: Any) -> Any:

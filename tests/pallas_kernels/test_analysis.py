@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.analysis import UnknownValueError, count_traffic
+from pallas_kernels.analysis import UnknownValueError, count_traffic, performed_copies
+from pallas_kernels.analysis.traffic import described
 
 f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
 KIB = 1024
@@ -305,6 +306,28 @@ def test_copies_whose_size_is_computed() -> None:
 def test_a_loop_of_unknown_length_around_copies_is_an_error() -> None:
     with pytest.raises(UnknownValueError, match="rounds of a loop"):
         count_traffic(pipelined, shape(3, dtype=i32), shape(64, 128), chip="v5p")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("f", "steering", "size"),
+    [
+        (streamed, [0, -1, 3, 3, -1], (4, 8, 128)),
+        (pipelined, [2, 0, 3, 1], (64, 128)),
+        (rows_copied, [8, 3, 0, 1], (32, 128)),
+    ],
+    ids=["streamed", "pipelined", "rows"],
+)
+def test_counted_is_what_the_interpreter_performs(f, steering: list[int], size: tuple[int, ...]) -> None:
+    x = jnp.arange(np.prod(size), dtype=f32).reshape(size)
+    steering = np.array(steering, np.int32)
+    with described("v5p"):
+        performed = performed_copies(f, steering, x)
+    (kernel,) = count_traffic(f, steering, x, chip="v5p").kernels
+    far = [o for o in kernel.operands if not o.fetches and not o.write_backs]
+    assert performed.copies == kernel.copies_started > 0
+    assert performed.read_bytes == sum(o.read_bytes for o in far) > 0
+    assert performed.written_bytes == sum(o.written_bytes for o in far)
 
 
 # --- against others --------------------------------------------------------------------------------------------------
