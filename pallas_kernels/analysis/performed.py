@@ -25,7 +25,7 @@ class PerformedCopies:
 
 
 def performed_copies(fn: Callable[..., Any], *args: Any) -> PerformedCopies:
-    """Runs `fn(*args)`, its TPU kernels interpreted. Wants small shapes; the block fetches of a grid are no copies here.
+    """Runs `fn(*args)`, its TPU kernels interpreted, at small shapes. The fetches of a grid are no copies here.
 
     Raises:
       NotImplementedError: JAX's interpreter isn't what this was written for.
