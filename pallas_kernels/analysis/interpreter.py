@@ -59,6 +59,7 @@ class Interpreter:
         self.where = "the program"
         self.uncertain = 0  # how many branches deep that may not be taken
         self._interesting: dict[int, tuple[Any, bool]] = {}
+        self._live_equations: dict[Any, Any] = {}
         self.rules: dict[str, Callable[..., Any]] = {
             "cond": self._cond,
             "while": self._while,
@@ -70,19 +71,40 @@ class Interpreter:
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
-    def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
-        """The values of the results."""
+    def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
+        """The values of the results.
+
+        Args:
+          used: which of the results somebody wants; all, where it is empty. What only the others need is left out, as
+            the compiler leaves it out.
+        """
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
         read = lambda v: _literal(v) if hasattr(v, "val") else env.get(v, UNKNOWN)  # noqa: E731
-        for eqn in jaxpr.eqns:
-            values = self.equation(eqn, [read(v) for v in eqn.invars])
+        for eqn, wanted in self._live(jaxpr, tuple(used)):
+            values = self.equation(eqn, [read(v) for v in eqn.invars], wanted)
             env.update(zip(eqn.outvars, values))
         return [read(v) for v in jaxpr.outvars]
 
-    def run_closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    def run_closed(self, jaxpr: Any, args: Sequence[Any], used: Sequence[bool] = ()) -> list[Any]:
         if not hasattr(jaxpr, "consts"):
-            return self.run(jaxpr, args)
-        return self.run(jaxpr.jaxpr, args, [self.constant(c) for c in jaxpr.consts])
+            return self.run(jaxpr, args, used=used)
+        return self.run(jaxpr.jaxpr, args, [self.constant(c) for c in jaxpr.consts], used)
+
+    def _live(self, jaxpr: Any, used: tuple[bool, ...]) -> list[tuple[Any, tuple[bool, ...]]]:
+        """The equations that the results in `used` need, each with which of its own results are."""
+        key = (id(jaxpr), used)
+        if key not in self._live_equations:
+            needed = {
+                v for v, u in zip(jaxpr.outvars, used or (True,) * len(jaxpr.outvars)) if u and not hasattr(v, "val")
+            }
+            live = []
+            for eqn in reversed(jaxpr.eqns):
+                wanted = tuple(v in needed for v in eqn.outvars)
+                if any(wanted) or eqn.effects:
+                    live.append((eqn, wanted))
+                    needed |= {v for v in eqn.invars if not hasattr(v, "val")}
+            self._live_equations[key] = (jaxpr, live[::-1])  # the jaxpr is kept: its id stays its own
+        return self._live_equations[key][1]
 
     def constant(self, value: Any) -> Any:
         """A concrete value as this walk knows it."""
@@ -91,14 +113,14 @@ class Interpreter:
             return np.asarray(value)
         return UNKNOWN
 
-    def equation(self, eqn: Any, args: list[Any]) -> list[Any]:
+    def equation(self, eqn: Any, args: list[Any], wanted: tuple[bool, ...]) -> list[Any]:
         name = eqn.primitive.name
         if name in self.rules:
             return self.rules[name](eqn, args)
         inner = sub_jaxprs(eqn)
         if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):  # jit, custom_vjp, remat, custom_vmap, ...
             (closed,) = [v for v in eqn.params.values() if getattr(v, "jaxpr", v) is inner[0] or v is inner[0]]
-            return self.run_closed(closed, args)
+            return self.run_closed(closed, args, wanted if any(wanted) else ())
         counts = any(map(self.interesting, inner))
         if not known(*args) or name in _COLLECTIVES or counts or not self._worth_knowing(eqn):
             return [UNKNOWN] * len(eqn.outvars)

@@ -96,12 +96,12 @@ class KernelWalk(Interpreter):
     def is_counted(self, eqn: Any) -> bool:
         return super().is_counted(eqn) or (eqn.primitive.name in _WRITES and memory_space(eqn.invars[0].aval) == "smem")
 
-    def equation(self, eqn: Any, args: list[Any]) -> list[Any]:
+    def equation(self, eqn: Any, args: list[Any], wanted: tuple[bool, ...]) -> list[Any]:
         varies = any(isinstance(a, Lanes) for a in args)
         large = any(math.prod(getattr(v.aval, "shape", ())) > 1 for v in eqn.outvars)
         if varies and large and eqn.primitive.name not in self.rules and not sub_jaxprs(eqn):
             return [UNKNOWN] * len(eqn.outvars)
-        return super().equation(eqn, args)
+        return super().equation(eqn, args, wanted)
 
     # --- references --------------------------------------------------------------------------------------------------
 

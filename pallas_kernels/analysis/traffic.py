@@ -154,18 +154,18 @@ class ProgramWalk(Interpreter):
         self.rules["pallas_call"] = self._pallas_call
         self._inside_chain = 0
 
-    def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
+    def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
         if not self._inside_chain:
-            nbytes, flops = own_traffic(jaxpr)
+            nbytes, flops = own_traffic([eqn for eqn, _ in self._live(jaxpr, tuple(used))], jaxpr.outvars)
             self.xla_bytes += nbytes
             self.xla_flops += flops
-        return super().run(jaxpr, args, consts)
+        return super().run(jaxpr, args, consts, used)
 
-    def equation(self, eqn: Any, args: list[Any]) -> list[Any]:
+    def equation(self, eqn: Any, args: list[Any], wanted: tuple[bool, ...]) -> list[Any]:
         fused = is_fused(eqn)
         self._inside_chain += fused
         try:
-            return super().equation(eqn, args)
+            return super().equation(eqn, args, wanted)
         finally:
             self._inside_chain -= fused
 

@@ -7,6 +7,7 @@ what comes out; every other operation its operands and results. What XLA does be
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.analysis.interpreter import sub_jaxprs
@@ -44,10 +45,10 @@ def is_fused(eqn: Any) -> bool:
     return eqn.primitive.name in _FUSED
 
 
-def own_traffic(jaxpr: Any) -> tuple[float, float]:
+def own_traffic(eqns: Sequence[Any], results: Sequence[Any]) -> tuple[float, float]:
     """Bytes and matrix-product FLOPs of a jaxpr's own equations, not of those inside other jaxprs."""
     nbytes = flops = 0.0
-    for eqn in jaxpr.eqns:
+    for eqn in eqns:
         name = eqn.primitive.name
         if name == "dot_general":
             flops += dot_flops(eqn)
@@ -56,26 +57,26 @@ def own_traffic(jaxpr: Any) -> tuple[float, float]:
             nbytes += 2 * value_bytes(eqn.outvars[0] if part == "result" else eqn.invars[part])
         elif name != "pallas_call" and not sub_jaxprs(eqn) and not is_fused(eqn):
             nbytes += sum(map(value_bytes, {*_variables(eqn.invars), *eqn.outvars}))
-    return nbytes + _chains(jaxpr), flops
+    return nbytes + _chains(eqns, results), flops
 
 
 def _variables(atoms: Any) -> list[Any]:
     return [v for v in atoms if not hasattr(v, "val")]
 
 
-def _chains(jaxpr: Any) -> float:
+def _chains(eqns: Sequence[Any], results: Sequence[Any]) -> float:
     """Bytes into and out of each chain of fused equations."""
     chain: dict[Any, int] = {}  # variable -> the chain that makes it
     members: dict[int, set[Any]] = {}
     inputs: dict[int, set[Any]] = {}
-    fused = [eqn for eqn in jaxpr.eqns if is_fused(eqn)]
+    fused = [eqn for eqn in eqns if is_fused(eqn)]
     for i, eqn in enumerate(fused):
         touching = {chain[v] for v in _variables(eqn.invars) if v in chain and value_bytes(v)}
         members[i] = set(eqn.outvars).union(*(members.pop(c) for c in touching))
         inputs[i] = {v for v in _variables(eqn.invars) if v not in chain}.union(*(inputs.pop(c) for c in touching))
         chain |= dict.fromkeys(members[i], i)
-    outside = {v for eqn in jaxpr.eqns if not is_fused(eqn) for v in _variables(eqn.invars)}
-    outside |= set(_variables(jaxpr.outvars))
+    outside = {v for eqn in eqns if not is_fused(eqn) for v in _variables(eqn.invars)}
+    outside |= set(_variables(results))
     total = 0.0
     for i, made in members.items():
         if all(eqn.primitive.name in _FREE for eqn in fused if set(eqn.outvars) <= made):

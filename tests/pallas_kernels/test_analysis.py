@@ -191,12 +191,25 @@ def test_kernels_inside_of_loops_gradients_and_shard_map() -> None:
     op.defvjp(lambda x: (op(x), None), lambda _, g: (copy(copy(g)),))
     layers = lambda x: jax.lax.scan(lambda x, _: (jax.checkpoint(op)(x), None), x, None, length=5)[0].sum()  # noqa: E731
     assert len(count_traffic(layers, shape(8, 128)).kernels) == 5
-    assert len(count_traffic(jax.grad(layers), shape(8, 128)).kernels) == 15  # one forward, two backward
+    assert len(count_traffic(jax.value_and_grad(layers), shape(8, 128)).kernels) == 15  # one forward, two backward
 
     mesh = jax.sharding.AbstractMesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(gather_rows, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"), check_vma=False)
     (kernel,) = count_traffic(sharded, np.array([1, 1, 2, 3], np.int32), shape(32, 128)).kernels
     assert kernel.grid == (2,) and kernel.operands[1].fetches == 1  # the first device has the first two
+
+
+def test_what_nobody_needs_does_not_count() -> None:
+    """The gradient of an op whose backward pass needs no forward result, as the compiler would leave it."""
+    copy = pl.pallas_call(copy_kernel, out_shape=shape(8, 128))
+
+    @jax.custom_vjp
+    def op(x):
+        return copy(x)
+
+    op.defvjp(lambda x: (op(x), None), lambda _, g: (copy(g),))
+    gradient = lambda x, g: jax.vjp(jax.jit(lambda x: op(x * 2)), x)[1](g)[0]  # noqa: E731
+    assert len(count_traffic(gradient, shape(8, 128), shape(8, 128)).kernels) == 1
 
 
 def test_a_branch_that_nobody_knows_counts_as_taken() -> None:
