@@ -15,7 +15,7 @@ def forward(x, gate, up, down, indices, weights, layer, *, transpose_rhs):
     sizes = jnp.zeros(num_experts, jnp.int32).at[indices.reshape(-1)].add(1)
 
     def product(lhs, rhs):
-        return reference.forward(lhs, rhs, sizes, layer, transpose_rhs=transpose_rhs, dtype=jnp.float32)
+        return reference.forward(lhs, rhs, None, sizes, 0, layer, transpose_rhs=transpose_rhs, dtype=jnp.float32)
 
     rows = x[order // top_k]
     hidden = jax.nn.silu(product(rows, gate)) * product(rows, up)

@@ -1,10 +1,11 @@
 """Grouped matmul: rows sorted by group, each group multiplied by its own matrix.
 
-Axes: M rows, K contracted, N output columns, E groups (experts), L layers.
+Axes: M rows, K contracted, N output columns, E groups (experts) whose matrices are given, G all groups, L layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,78 +13,118 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
 
 _FORWARD = {"reference": reference.forward, "cpu": cpu.forward}
 _RHS_GRADIENT = {"reference": reference.rhs_gradient, "cpu": cpu.rhs_gradient}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is static of a call."""
+
+    transpose_rhs: bool
+    dtype: Any
+    implementation: Implementation
+
+
 def grouped_matmul(
     lhs: Float[Array, "M K"],
-    rhs: Float[Array, "*L E K N"],
-    group_sizes: Int[Array, " E"],
+    rhs: Num[Array, "*L E K N"],
+    group_sizes: Int[Array, " G"],
     *,
+    group_offset: Int[Array, ""] | int | None = None,
     transpose_rhs: bool = False,
+    rhs_scale: Float[Array, "*L E k n"] | None = None,
     layer: Int[Array, ""] | int | None = None,
     preferred_element_type: Any = None,
     implementation: Implementation = None,
 ) -> Float[Array, "M N"]:
     """Multiplies the first `group_sizes[0]` rows by `rhs[0]`, the next `group_sizes[1]` by `rhs[1]`, and so on.
 
-    Only the routed work is done. Accumulates in float32. Rows past the last group come out zero. Differentiable in
-    `lhs` and `rhs`; a group without rows gets a zero gradient.
+    Only the routed work is done. Accumulates in float32. Rows past the last group, and with `group_offset` rows of the
+    groups whose matrices are not given, come out zero. Differentiable in `lhs` and `rhs`; a group without rows gets a
+    zero gradient. Quantised weights are frozen: asking for their gradient is an error.
 
     Args:
       lhs: rows sorted by group.
-      rhs: one matrix per group, [E, K, N], or [E, N, K] with `transpose_rhs`; with `layer`, stacked over layers.
+      rhs: one matrix per group, [E, K, N], or [E, N, K] with `transpose_rhs`; with `layer`, stacked over layers. int8
+        and float8_e4m3fn need `rhs_scale`.
       group_sizes: rows of each group; their sum may be below M.
+      group_offset: the first group that `rhs` holds a matrix for: G groups then, of which rhs holds E.
+      rhs_scale: of quantised weights, [E, 1, N] per channel or [E, ceil(K/128), ceil(N/128)] per block of 128, whatever
+        the layout of `rhs`; with `layer`, stacked over layers.
       layer: which layer's matrices of `rhs` to use; the stack is never sliced outside the op.
       preferred_element_type: of the result; by default that of `lhs`.
-      implementation: None (by platform), "reference" or "cpu", or several in order of preference.
+      implementation: None (by platform), "reference", "tpu", "gpu" or "cpu", or several in order of preference.
     """
-    contracted = rhs.shape[-1 if transpose_rhs else -2]
+    contracted, columns = rhs.shape[-2:][::-1] if transpose_rhs else rhs.shape[-2:]
     if lhs.ndim != 2 or rhs.ndim != 3 + (layer is not None) or lhs.shape[1] != contracted:
         raise ValueError(
             f"grouped_matmul: lhs {lhs.shape} and rhs {rhs.shape} don't fit (transpose_rhs={transpose_rhs}, "
             f"layer {'given' if layer is not None else 'not given'}); expected lhs [M, K] and rhs "
             f"{'[L, ' if layer is not None else '['}{'E, N, K]' if transpose_rhs else 'E, K, N]'}"
         )
-    if group_sizes.shape != rhs.shape[-3:-2]:
-        raise ValueError(f"grouped_matmul: group_sizes {group_sizes.shape} for {rhs.shape[-3]} groups")
-    dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    layer = jnp.int32(0 if layer is None else layer)
-    return _grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation)
+    check_scale("grouped_matmul: rhs", rhs, rhs_scale, contracted, columns)
+    sizes, first_row = local_groups(group_sizes, group_offset, rhs.shape[-3])
+    if rhs_scale is not None:
+        rhs, rhs_scale = frozen(rhs), frozen(rhs_scale)
+    options = _Options(transpose_rhs, jnp.dtype(preferred_element_type or lhs.dtype), implementation)
+    return _grouped_matmul(options, lhs, rhs, rhs_scale, sizes, first_row, jnp.int32(0 if layer is None else layer))
 
 
-def _each(implementations: Mapping[str, Callable[..., Any]], implementation: Implementation) -> Callable[..., Any]:
-    """The op, one example after another under `vmap`: the groups of each are its own, and so is the work."""
-    return jax.custom_batching.sequential_vmap(lambda *args: dispatch(implementations, implementation, *args))
+def local_groups(
+    group_sizes: Int[Array, " G"], group_offset: Int[Array, ""] | int | None, num_groups: int
+) -> tuple[Int[Array, " E"], Int[Array, ""]]:
+    """Sizes of the groups whose matrices are given, and the first of their rows."""
+    total = group_sizes.shape[0] if group_sizes.ndim == 1 else -1
+    if total != num_groups if group_offset is None else total < num_groups:
+        raise ValueError(f"group_sizes {group_sizes.shape} for {num_groups} groups (group_offset={group_offset})")
+    sizes = group_sizes.astype(jnp.int32)
+    if group_offset is None:
+        return sizes, jnp.int32(0)
+    before = jnp.arange(total) < group_offset
+    return jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups), jnp.sum(jnp.where(before, sizes, 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation):
-    forward = {k: functools.partial(f, transpose_rhs=transpose_rhs, dtype=dtype) for k, f in _FORWARD.items()}
+def _each(implementations: Mapping[str, Callable[..., Any]], options: _Options, *args: Any, **static: Any) -> Any:
+    """The op; under `vmap` one example after another: the groups of each are its own, and so is the work."""
+    bound = {
+        name: functools.partial(f, transpose_rhs=options.transpose_rhs, **static) for name, f in implementations.items()
+    }
+    run = jax.custom_batching.sequential_vmap(lambda *args: dispatch(bound, options.implementation, *args))
+    return run(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(options, lhs, rhs, scale, group_sizes, first_row, layer):
     # made a stack of layers here: the matrices that wait for the backward pass are those given, never a copy
-    return _each(forward, implementation)(lhs, rhs.reshape(-1, *rhs.shape[-3:]), group_sizes, layer)
+    stack = lambda x: None if x is None else x.reshape(-1, *x.shape[-3:])  # noqa: E731
+    args = (lhs, stack(rhs), stack(scale), group_sizes, first_row, layer)
+    return _each(_FORWARD, options, *args, dtype=options.dtype)
 
 
-def _fwd(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation):
-    out = _grouped_matmul(lhs, rhs, group_sizes, layer, transpose_rhs, dtype, implementation)
-    return out, (lhs, rhs, group_sizes, layer)
+def _fwd(options, *args):
+    return _grouped_matmul(options, *args), args
 
 
-def _bwd(transpose_rhs, dtype, implementation, residuals, dout):
-    lhs, rhs, group_sizes, layer = residuals
-    dlhs = _grouped_matmul(dout, rhs, group_sizes, layer, not transpose_rhs, lhs.dtype, implementation)
-    gradient = {k: functools.partial(f, transpose_rhs=transpose_rhs, dtype=rhs.dtype) for k, f in _RHS_GRADIENT.items()}
-    drhs = _each(gradient, implementation)(lhs, dout, group_sizes)
+def _bwd(options, residuals, dout):
+    lhs, rhs, scale, group_sizes, first_row, layer = residuals
+    backward = dataclasses.replace(options, transpose_rhs=not options.transpose_rhs, dtype=lhs.dtype)
+    turned = None if scale is None else jnp.swapaxes(scale, -1, -2)
+    dlhs = _grouped_matmul(backward, dout, rhs, turned, group_sizes, first_row, layer)
+    no_gradient = lambda x: np.zeros(x.shape, jax.dtypes.float0)  # noqa: E731
+    rest = (no_gradient(group_sizes), no_gradient(first_row), no_gradient(layer))
+    if is_quantised(rhs.dtype):
+        return dlhs, None, None, *rest
+    drhs = _each(_RHS_GRADIENT, options, lhs, dout, group_sizes, first_row, dtype=rhs.dtype)
     if rhs.ndim == 4:
         drhs = drhs[None] if rhs.shape[0] == 1 else jnp.zeros_like(rhs).at[layer].set(drhs)
-    no_gradient = lambda x: np.zeros(x.shape, jax.dtypes.float0)  # noqa: E731
-    return dlhs, drhs, no_gradient(group_sizes), no_gradient(layer)
+    return dlhs, drhs, None, *rest
 
 
 _grouped_matmul.defvjp(_fwd, _bwd)

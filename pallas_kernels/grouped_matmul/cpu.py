@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import blocks
+from pallas_kernels.grouped_matmul.quantised import dequantise
 
 _WAYS = 8  # different products a block may choose from
 _LARGEST_STEP = 64
@@ -31,20 +32,28 @@ def _switch(counts: range, rows: jax.Array, branch) -> jax.Array:
     return jax.lax.switch((rows + counts.step - 1) // counts.step - 1, branches)
 
 
-def forward(lhs, rhs, group_sizes, layer, *, transpose_rhs, dtype):
+def matrix_of(rhs, scale, layer, group, *, transpose_rhs, dtype):
+    """One matrix out of the stack, dequantised where it has a scale, and the axis of it that is contracted."""
+    cut = lambda stack: jax.lax.dynamic_slice(stack, (layer, group, 0, 0), (1, 1, *stack.shape[2:]))[0, 0]  # noqa: E731
+    if scale is None:
+        return cut(rhs), 1 if transpose_rhs else 0
+    return dequantise(cut(rhs), cut(scale), transpose_rhs=transpose_rhs, dtype=dtype), 0
+
+
+def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype):
     """[M, K] x [L, E, K, N] (or [L, E, N, K]) -> [M, N]."""
     num_rows, columns = lhs.shape[0], rhs.shape[-2 if transpose_rhs else -1]
     counts = row_counts(num_rows, group_sizes.shape[0])
     work = blocks.cut(group_sizes, num_rows, counts[-1])
     lhs = jnp.pad(lhs, ((0, counts[-1]), (0, 0)))
-    contract = (((1,), (1,) if transpose_rhs else (0,)), ((), ()))
 
     def step(i, out):
-        start, rows = work.start[i], work.rows[i]
+        start, rows = first_row + work.start[i], work.rows[i]
 
         def product(n):
-            matrix = jax.lax.dynamic_slice(rhs, (layer, work.group[i], 0, 0), (1, 1, *rhs.shape[2:]))[0, 0]
+            matrix, axis = matrix_of(rhs, scale, layer, work.group[i], transpose_rhs=transpose_rhs, dtype=lhs.dtype)
             left = jax.lax.dynamic_slice_in_dim(lhs, start, n)
+            contract = (((1,), (axis,)), ((), ()))
             y = jax.lax.dot_general(left, matrix, contract, preferred_element_type=jnp.float32)
             return jnp.pad(y.astype(dtype), ((0, counts[-1] - n), (0, 0)))
 
@@ -56,7 +65,7 @@ def forward(lhs, rhs, group_sizes, layer, *, transpose_rhs, dtype):
     return jax.lax.fori_loop(0, work.count, step, out)[:num_rows]
 
 
-def rhs_gradient(lhs, dout, group_sizes, *, transpose_rhs, dtype):
+def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
     """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
     num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
     left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
@@ -66,12 +75,13 @@ def rhs_gradient(lhs, dout, group_sizes, *, transpose_rhs, dtype):
     contract = (((0,), (0,)), ((), ()))
 
     def step(i, total):
-        start, rows, group = work.start[i], work.rows[i], work.group[i]
+        start, rows, group = first_row + work.start[i], work.rows[i], work.group[i]
 
         def product(n):
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, n)  # noqa: E731
-            mine = jnp.where(jnp.arange(n)[:, None] < rows, cut(left), 0)
-            return jax.lax.dot_general(mine, cut(right), contract, preferred_element_type=jnp.float32)
+            # both sides: what lies past the group may be NaN
+            ours = lambda x: jnp.where(jnp.arange(n)[:, None] < rows, cut(x), 0)  # noqa: E731
+            return jax.lax.dot_general(ours(left), ours(right), contract, preferred_element_type=jnp.float32)
 
         sum_ = jax.lax.dynamic_index_in_dim(total, group, keepdims=False) + _switch(counts, rows, product)
         return jax.lax.dynamic_update_index_in_dim(total, sum_, group, 0)

@@ -81,6 +81,74 @@ def test_a_layer_of_a_stack(implementation: str) -> None:
     assert (gradient[0] == 0).all() and (gradient[2] == 0).all() and (gradient[1] != 0).any()
 
 
+def quantise(weights: np.ndarray, dtype: str, per: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """[E, K, N] as quantised values, their scale, and what both stand for."""
+    groups, k, n = weights.shape
+    kb, nb = (1, n) if per == "channel" else (-(-k // 128), -(-n // 128))
+    scale = np.abs(np.random.default_rng(7).normal(size=(groups, kb, nb))).astype(np.float32) + 0.1
+    factors = scale if per == "channel" else scale.repeat(128, 1)[:, :k].repeat(128, 2)[..., :n]
+    values = jnp.asarray(np.clip(np.round(weights * 40), -127, 127), dtype)
+    return values, jnp.asarray(scale), np.asarray(values, np.float64) * factors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("transpose", [False, True], ids=["KN", "NK"])
+@pytest.mark.parametrize("per", ["channel", "block"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_weights(dtype: str, per: str, transpose: bool, implementation: str) -> None:
+    """Values and the gradient of the rows; that of the weights is refused."""
+    sizes, rng = np.array([3, 0, 40, 20], np.int32), np.random.default_rng(0)
+    lhs, dout = rng.normal(size=(65, 150)), rng.normal(size=(65, 260))
+    values, scale, weights = quantise(rng.normal(size=(4, 150, 260)), dtype, per)
+    given = jnp.swapaxes(values, 1, 2) if transpose else values
+
+    def product(lhs, rhs, scale):
+        return grouped_matmul(
+            lhs, rhs, jnp.asarray(sizes), rhs_scale=scale, transpose_rhs=transpose, implementation=implementation
+        )
+
+    @quick_jit
+    def with_gradient(lhs, dout):
+        out, pull = jax.vjp(lambda lhs: product(lhs, given, scale), lhs)
+        return out, *pull(dout)
+
+    found = with_gradient(jnp.asarray(lhs, jnp.float32), jnp.asarray(dout, jnp.float32))
+    for x, expected in zip(found, (_expected(lhs, weights, sizes), _expected(dout, weights.mT, sizes))):
+        np.testing.assert_allclose(x, expected, atol=1e-5 * np.abs(expected).max())
+    with pytest.raises(ValueError, match="frozen"):
+        jax.grad(lambda s: product(jnp.asarray(lhs, jnp.float32), given, s).sum())(scale)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_experts_of_one_shard(offset: int, implementation: str) -> None:
+    """Rows of other shards' experts come out zero and get no gradient; what they hold, NaN too, does not matter."""
+    rng, sizes = np.random.default_rng(0), np.array([5, 0, 17, 9, 3], np.int32)
+    lhs, rhs, dout = rng.normal(size=(40, 7)), rng.normal(size=(2, 7, 6)), rng.normal(size=(40, 6))
+    start, mine = sizes[:offset].sum(), sizes[offset : offset + 2]
+    rows = slice(start, start + mine.sum())
+    elsewhere = np.ones(40, bool)
+    elsewhere[rows] = False
+    lhs[elsewhere] = dout[elsewhere] = np.nan
+
+    @quick_jit
+    def with_gradients(lhs, rhs, dout, offset):
+        product = lambda lhs, rhs: grouped_matmul(  # noqa: E731
+            lhs, rhs, jnp.asarray(sizes), group_offset=offset, implementation=implementation
+        )
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(dout)
+
+    f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+    out, dlhs, drhs = with_gradients(f32(lhs), f32(rhs), f32(dout), offset)
+    for found, expected in ((out, _expected(lhs[rows], rhs, mine)), (dlhs, _expected(dout[rows], rhs.mT, mine))):
+        np.testing.assert_allclose(found[rows], expected, atol=1e-5)
+        assert (np.asarray(found)[elsewhere] == 0).all()
+    parts = np.split(np.arange(mine.sum()) + start, np.cumsum(mine)[:-1])
+    np.testing.assert_allclose(drhs, np.stack([lhs[p].T @ dout[p] for p in parts]), atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_accumulates_in_float32(implementation: str) -> None:
     """256 products of about one: a bfloat16 sum would stop growing at 256."""
@@ -94,7 +162,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     lhs, rhs, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 5, 6)), jnp.array([2, 2])
     with pytest.raises(ValueError, match="don't fit"):
         grouped_matmul(lhs, rhs, sizes)
-    with pytest.raises(ValueError, match="2 groups"):
+    with pytest.raises(ValueError, match="for 2 groups"):
         grouped_matmul(jnp.zeros((4, 5)), rhs, jnp.array([4]))
     with pytest.raises(ValueError, match="no implementation is called fast"):
         grouped_matmul(jnp.zeros((4, 5)), rhs, sizes, implementation="fast")
