@@ -7,7 +7,8 @@ lowered for choose, so that programs compiled for a TPU on a CPU host are the TP
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.fused_moe.api import fused_moe
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.paged_attention.api import paged_attention
 
-__all__ = ["flash_attention", "fused_moe", "grouped_matmul", "linear_cross_entropy", "paged_attention"]
+__all__ = ["flash_attention", "fused_moe", "grouped_matmul", "grouped_swiglu", "linear_cross_entropy", "paged_attention"]
