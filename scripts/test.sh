@@ -6,9 +6,9 @@ set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
-extras="test"
+extras="test,aot" # aot: the compilers for TPUs and GPUs, which need no such device
 if [[ ${PARITY:-0} == 1 ]]; then
-  extras="test,parity"
+  extras="test,aot,parity"
 fi
 setup_env "$extras"
 exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import sys
+from pathlib import Path
 
 from glm45_jax.errors import UserError
 
@@ -29,6 +31,12 @@ def _usage() -> str:
     )
 
 
+def _hush_cuda() -> None:
+    """The `aot` extra's CUDA plugin is there to compile: without a GPU, that it cannot run anything is no news."""
+    if not Path("/dev/nvidiactl").exists():
+        logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "xla_cuda" not in record.getMessage())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0 done, 2 for an error of the user's input."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -48,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(_usage(), file=sys.stderr)
         return 2
+    _hush_cuda()
     command = importlib.import_module(f"glm45_jax.cli.{COMMANDS[name][0]}")
     try:
         return command.main(rest) or 0
