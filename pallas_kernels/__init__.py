@@ -11,4 +11,11 @@ from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.paged_attention.api import paged_attention
 
-__all__ = ["flash_attention", "fused_moe", "grouped_matmul", "grouped_swiglu", "linear_cross_entropy", "paged_attention"]
+__all__ = [
+    "flash_attention",
+    "fused_moe",
+    "grouped_matmul",
+    "grouped_swiglu",
+    "linear_cross_entropy",
+    "paged_attention",
+]

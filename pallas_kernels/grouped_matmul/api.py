@@ -91,21 +91,21 @@ def local_groups(
     return jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups), jnp.sum(jnp.where(before, sizes, 0))
 
 
-def _each(implementations: Mapping[str, Callable[..., Any]], options: _Options, *args: Any, **static: Any) -> Any:
+def _each(implementations: Mapping[str, Callable[..., Any]], implementation: Implementation, *args: Any) -> Any:
     """The op; under `vmap` one example after another: the groups of each are its own, and so is the work."""
-    bound = {
-        name: functools.partial(f, transpose_rhs=options.transpose_rhs, **static) for name, f in implementations.items()
-    }
-    run = jax.custom_batching.sequential_vmap(lambda *args: dispatch(bound, options.implementation, *args))
-    return run(*args)
+    return jax.custom_batching.sequential_vmap(lambda *args: dispatch(implementations, implementation, *args))(*args)
+
+
+def _bind(implementations: Mapping[str, Callable[..., Any]], **static: Any) -> dict[str, Callable[..., Any]]:
+    return {name: functools.partial(function, **static) for name, function in implementations.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(options, lhs, rhs, scale, group_sizes, first_row, layer):
     # made a stack of layers here: the matrices that wait for the backward pass are those given, never a copy
     stack = lambda x: None if x is None else x.reshape(-1, *x.shape[-3:])  # noqa: E731
-    args = (lhs, stack(rhs), stack(scale), group_sizes, first_row, layer)
-    return _each(_FORWARD, options, *args, dtype=options.dtype)
+    bound = _bind(_FORWARD, transpose_rhs=options.transpose_rhs, dtype=options.dtype)
+    return _each(bound, options.implementation, lhs, stack(rhs), stack(scale), group_sizes, first_row, layer)
 
 
 def _fwd(options, *args):
@@ -118,13 +118,30 @@ def _bwd(options, residuals, dout):
     turned = None if scale is None else jnp.swapaxes(scale, -1, -2)
     dlhs = _grouped_matmul(backward, dout, rhs, turned, group_sizes, first_row, layer)
     no_gradient = lambda x: np.zeros(x.shape, jax.dtypes.float0)  # noqa: E731
-    rest = (no_gradient(group_sizes), no_gradient(first_row), no_gradient(layer))
-    if is_quantised(rhs.dtype):
-        return dlhs, None, None, *rest
-    drhs = _each(_RHS_GRADIENT, options, lhs, dout, group_sizes, first_row, dtype=rhs.dtype)
-    if rhs.ndim == 4:
-        drhs = drhs[None] if rhs.shape[0] == 1 else jnp.zeros_like(rhs).at[layer].set(drhs)
-    return dlhs, drhs, None, *rest
+    drhs = None
+    if not is_quantised(rhs.dtype):
+        how = {"transpose_rhs": options.transpose_rhs, "implementation": options.implementation}
+        drhs = rhs_gradient(lhs, dout, rhs, group_sizes, first_row, layer, **how)
+    return dlhs, drhs, None, no_gradient(group_sizes), no_gradient(first_row), no_gradient(layer)
 
 
 _grouped_matmul.defvjp(_fwd, _bwd)
+
+
+def rhs_gradient(
+    lhs: Float[Array, "M K"],
+    dout: Float[Array, "M N"],
+    rhs: Float[Array, "*L E K N"],
+    group_sizes: Int[Array, " E"],
+    first_row: Int[Array, ""],
+    layer: Int[Array, ""],
+    *,
+    transpose_rhs: bool,
+    implementation: Implementation,
+) -> Float[Array, "*L E K N"]:
+    """The gradient of `rhs`, of its shape and dtype: zero for groups without rows and for other layers."""
+    bound = _bind(_RHS_GRADIENT, transpose_rhs=transpose_rhs, dtype=rhs.dtype)
+    drhs = _each(bound, implementation, lhs, dout, group_sizes, first_row)
+    if rhs.ndim == 3:
+        return drhs
+    return drhs[None] if rhs.shape[0] == 1 else jnp.zeros_like(rhs).at[layer].set(drhs)

@@ -9,9 +9,8 @@ import pytest
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import blocks
+from tests.pallas_kernels.support import IMPLEMENTATIONS, on, quantise
 from tests.support import quick_jit
-
-IMPLEMENTATIONS = ("reference", "cpu")
 
 # rows of each group, rows past the last group, K, N
 CASES = {
@@ -79,16 +78,6 @@ def test_a_layer_of_a_stack(implementation: str) -> None:
     np.testing.assert_allclose(out, _expected(lhs, rhs * 2, np.asarray(sizes)), atol=1e-4)
     gradient = quick_jit(jax.grad(lambda s: product(s, 1).sum()))(stack)
     assert (gradient[0] == 0).all() and (gradient[2] == 0).all() and (gradient[1] != 0).any()
-
-
-def quantise(weights: np.ndarray, dtype: str, per: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
-    """[E, K, N] as quantised values, their scale, and what both stand for."""
-    groups, k, n = weights.shape
-    kb, nb = (1, n) if per == "channel" else (-(-k // 128), -(-n // 128))
-    scale = np.abs(np.random.default_rng(7).normal(size=(groups, kb, nb))).astype(np.float32) + 0.1
-    factors = scale if per == "channel" else scale.repeat(128, 1)[:, :k].repeat(128, 2)[..., :n]
-    values = jnp.asarray(np.clip(np.round(weights * 40), -127, 127), dtype)
-    return values, jnp.asarray(scale), np.asarray(values, np.float64) * factors
 
 
 @pytest.mark.slow
