@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.grouped_matmul.gpu_rows import Tiling, shard_borders
+from pallas_kernels.grouped_matmul.gpu_rows import Tiling, group_borders
 from pallas_kernels.mosaic_gpu import COMPUTE_WARPGROUPS, ROW_ALIGNMENT, WARPGROUP_ROWS, Ring, Store
 
 _LEFT = COMPUTE_WARPGROUPS * WARPGROUP_ROWS  # columns of the left array in a tile
@@ -29,8 +29,9 @@ def tiling(num_columns: int) -> Tiling:
     return next(t for t in tilings if t.shared_bytes() <= mosaic_gpu.shared_memory_bytes())
 
 
-def products_by_group(left: Any, right: Any, group_sizes: Any, group_offset: Any, num_groups: int, dtype: Any) -> Any:
+def products_by_group(left: Any, right: Any, group_sizes: Any, first_row: Any, dtype: Any) -> jax.Array:
     """left [M, P], right [M, Q] -> [E, P, Q]; zeros for a group without rows."""
+    num_groups = group_sizes.shape[0]
     left, right = mosaic_gpu.pad_rows(left), mosaic_gpu.pad_rows(right)
     mosaic_gpu.check_loadable("the gradient of grouped_matmul", left, right)
     tiles = tiling(right.shape[1])
@@ -47,7 +48,7 @@ def products_by_group(left: Any, right: Any, group_sizes: Any, group_offset: Any
             "whole": Store.whole_buffer(dtype),
         },
     )
-    return kernel(shard_borders(group_sizes, group_offset, num_groups), left, right)
+    return kernel(group_borders(group_sizes, first_row), left, right)
 
 
 def _kernel(borders, left, right, out, *, buffers, loaded, consumed, masked, whole, tiles):

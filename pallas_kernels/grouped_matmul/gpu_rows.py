@@ -62,14 +62,13 @@ class Work(NamedTuple):
     count: Int[Array, ""]
 
 
-def work_list(group_sizes, group_offset, num_groups: int, num_rows: int) -> Work:
+def work_list(group_sizes, first_row, num_rows: int) -> Work:
     """Row tiles of the whole output; the rows before and past this shard's groups are two groups of their own.
 
-    Those have the numbers -1 and `num_groups`, and are written with zeros.
+    Those have the numbers -1 and E, and are written with zeros.
     """
-    borders = shard_borders(group_sizes, group_offset, num_groups)
     ends = jnp.array([0, num_rows], jnp.int32)
-    borders = jnp.concatenate([ends[:1], borders, ends[1:]])
+    borders = jnp.concatenate([ends[:1], group_borders(group_sizes, first_row), ends[1:]])
     start, end = borders[:-1], borders[1:]
     first = start // ROW_ALIGNMENT * ROW_ALIGNMENT
     per_group = jnp.where(end > start, pl.cdiv(end - first, ROWS), 0)
@@ -81,17 +80,17 @@ def work_list(group_sizes, group_offset, num_groups: int, num_rows: int) -> Work
     return Work(group - 1, row, inside(start), inside(end), last[-1])
 
 
-def shard_borders(group_sizes, group_offset, num_groups: int) -> Int[Array, " E+1"]:
+def group_borders(group_sizes, first_row) -> Int[Array, " E+1"]:
     """The first row of each of this shard's groups, and the end of the last."""
-    total = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
-    return lax.dynamic_slice_in_dim(total, group_offset, num_groups + 1)
+    sizes = jnp.concatenate([first_row[None], group_sizes])
+    return jnp.cumsum(sizes, dtype=jnp.int32)
 
 
 def rows_by_group(
     lhs: jax.Array,
     matrices: Sequence[jax.Array],
     group_sizes: jax.Array,
-    group_offset: jax.Array,
+    first_row: jax.Array,
     layer: jax.Array,
     *,
     transpose_rhs: bool,
@@ -111,7 +110,7 @@ def rows_by_group(
             f"grouped_matmul: the Mosaic GPU kernel writes a multiple of 64 columns; got {rhs.shape}"
         )
     tiles = tiling(num_columns, len(matrices))
-    work = work_list(group_sizes, group_offset, rhs.shape[1], num_rows)
+    work = work_list(group_sizes, first_row, num_rows)
     scalars = jnp.stack([work.count, layer.astype(jnp.int32)])
     rhs_tile = (tiles.columns, tiles.contracted) if transpose_rhs else (tiles.contracted, tiles.columns)
     shapes = [(ROWS, tiles.contracted)] + [rhs_tile] * len(matrices)
