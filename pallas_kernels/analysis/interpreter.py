@@ -6,6 +6,8 @@ What a walk is for (counting bytes, finding kernels) is added by subclasses as r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +47,27 @@ def equations(jaxpr: Any) -> Iterator[Any]:
             yield from equations(inner)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """An equation, with what of it need be found out only once.
+
+    Attributes:
+      wanted: which of its results somebody needs.
+      inputs: (variable, None) or (None, literal value).
+      rule: what the walk does with it; `call`: the jaxpr that it calls; else it is evaluated, where `knowable`.
+      large: a result has more than one element.
+    """
+
+    eqn: Any
+    name: str
+    wanted: tuple[bool, ...]
+    inputs: tuple[tuple[Any, Any], ...]
+    rule: Callable[..., Any] | None
+    call: Any
+    knowable: bool
+    large: bool
+
+
 class Interpreter:
     """One walk. `lanes` many executions at once where given, of which those in `active` count."""
 
@@ -59,7 +82,7 @@ class Interpreter:
         self.where = "the program"
         self.uncertain = 0  # how many branches deep that may not be taken
         self._interesting: dict[int, tuple[Any, bool]] = {}
-        self._live_equations: dict[Any, Any] = {}
+        self._steps: dict[Any, tuple[Any, list[Step]]] = {}
         self.rules: dict[str, Callable[..., Any]] = {
             "cond": self._cond,
             "while": self._while,
@@ -79,53 +102,60 @@ class Interpreter:
             the compiler leaves it out.
         """
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-        read = lambda v: _literal(v) if hasattr(v, "val") else env.get(v, UNKNOWN)  # noqa: E731
-        for eqn, wanted in self._live(jaxpr, tuple(used)):
-            values = self.equation(eqn, [read(v) for v in eqn.invars], wanted)
-            env.update(zip(eqn.outvars, values))
-        return [read(v) for v in jaxpr.outvars]
+        for step in self._live(jaxpr, tuple(used)):
+            values = self.equation(step, [x if v is None else env.get(v, UNKNOWN) for v, x in step.inputs])
+            env.update(zip(step.eqn.outvars, values))
+        return [_literal(v) if hasattr(v, "val") else env.get(v, UNKNOWN) for v in jaxpr.outvars]
 
     def run_closed(self, jaxpr: Any, args: Sequence[Any], used: Sequence[bool] = ()) -> list[Any]:
         if not hasattr(jaxpr, "consts"):
             return self.run(jaxpr, args, used=used)
         return self.run(jaxpr.jaxpr, args, [self.constant(c) for c in jaxpr.consts], used)
 
-    def _live(self, jaxpr: Any, used: tuple[bool, ...]) -> list[tuple[Any, tuple[bool, ...]]]:
-        """The equations that the results in `used` need, each with which of its own results are."""
+    def _live(self, jaxpr: Any, used: tuple[bool, ...]) -> list[Step]:
+        """The equations that the results in `used` need."""
         key = (id(jaxpr), used)
-        if key not in self._live_equations:
-            needed = {
-                v for v, u in zip(jaxpr.outvars, used or (True,) * len(jaxpr.outvars)) if u and not hasattr(v, "val")
-            }
+        if key not in self._steps:
+            results = zip(jaxpr.outvars, used or (True,) * len(jaxpr.outvars))
+            needed = {v for v, u in results if u and not hasattr(v, "val")}
             live = []
             for eqn in reversed(jaxpr.eqns):
                 wanted = tuple(v in needed for v in eqn.outvars)
                 if any(wanted) or eqn.effects:
-                    live.append((eqn, wanted))
+                    live.append(self._step(eqn, wanted))
                     needed |= {v for v in eqn.invars if not hasattr(v, "val")}
-            self._live_equations[key] = (jaxpr, live[::-1])  # the jaxpr is kept: its id stays its own
-        return self._live_equations[key][1]
+            self._steps[key] = (jaxpr, live[::-1])  # the jaxpr is kept: its id stays its own
+        return self._steps[key][1]
+
+    def _step(self, eqn: Any, wanted: tuple[bool, ...]) -> Step:
+        inputs = tuple((None, _literal(v)) if hasattr(v, "val") else (v, None) for v in eqn.invars)
+        sizes = [math.prod(getattr(v.aval, "shape", (self.max_elements + 1,))) for v in eqn.outvars]
+        inner = sub_jaxprs(eqn)
+        closed = None
+        if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):  # jit, custom_vjp, remat, custom_vmap, ...
+            (closed,) = [v for v in eqn.params.values() if getattr(v, "jaxpr", v) is inner[0] or v is inner[0]]
+        name = eqn.primitive.name
+        counts = name in _COLLECTIVES or any(map(self.interesting, inner))
+        knowable = not counts and all(n <= self.max_elements for n in sizes)
+        return Step(eqn, name, wanted, inputs, self.rules.get(name), closed, knowable, any(n > 1 for n in sizes))
 
     def constant(self, value: Any) -> Any:
         """A concrete value as this walk knows it."""
         shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
-        if isinstance(dtype, np.dtype | None) and np.prod(shape, dtype=np.int64) <= self.max_elements:
+        if isinstance(dtype, np.dtype | None) and math.prod(shape) <= self.max_elements:
             return np.asarray(value)
         return UNKNOWN
 
-    def equation(self, eqn: Any, args: list[Any], wanted: tuple[bool, ...]) -> list[Any]:
-        name = eqn.primitive.name
-        if name in self.rules:
-            return self.rules[name](eqn, args)
-        inner = sub_jaxprs(eqn)
-        if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):  # jit, custom_vjp, remat, custom_vmap, ...
-            (closed,) = [v for v in eqn.params.values() if getattr(v, "jaxpr", v) is inner[0] or v is inner[0]]
-            return self.run_closed(closed, args, wanted if any(wanted) else ())
-        counts = any(map(self.interesting, inner))
-        if not known(*args) or name in _COLLECTIVES or counts or not self._worth_knowing(eqn):
+    def equation(self, step: Step, args: list[Any]) -> list[Any]:
+        eqn = step.eqn
+        if step.rule is not None:
+            return step.rule(eqn, args)
+        if step.call is not None:
+            return self.run_closed(step.call, args, step.wanted if any(step.wanted) else ())
+        if not step.knowable or not known(*args):
             return [UNKNOWN] * len(eqn.outvars)
         if len(eqn.outvars) == 1:
-            out = evaluate(name, eqn.params, args, eqn.outvars[0].aval.shape)
+            out = evaluate(step.name, eqn.params, args, eqn.outvars[0].aval.shape)
             if out is not None:
                 return [out]
         return self.bind(eqn, args)
@@ -143,11 +173,6 @@ class Interpreter:
             return [UNKNOWN] * len(eqn.outvars)
         outs = list(out) if eqn.primitive.multiple_results else [out]
         return [Lanes(np.asarray(x)) if some else self.constant(x) for x in outs]
-
-    def _worth_knowing(self, eqn: Any) -> bool:
-        return all(
-            hasattr(v.aval, "shape") and np.prod(v.aval.shape, dtype=np.int64) <= self.max_elements for v in eqn.outvars
-        )
 
     def interesting(self, jaxpr: Any) -> bool:
         """Whether something is counted inside."""
@@ -260,7 +285,8 @@ class Interpreter:
 
     def _opaque(self, eqn: Any, args: list[Any]) -> list[Any]:
         """A loop in which nothing is counted: run whole if everything about it is known."""
-        return self.bind(eqn, args) if known(*args) and self._worth_knowing(eqn) else [UNKNOWN] * len(eqn.outvars)
+        small = all(math.prod(v.aval.shape) <= self.max_elements for v in eqn.outvars)
+        return self.bind(eqn, args) if small and known(*args) else [UNKNOWN] * len(eqn.outvars)
 
     def _shard_map(self, eqn: Any, args: list[Any]) -> list[Any]:
         """The first device of the mesh."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.analysis.interpreter import Interpreter, UnknownValueError, equations, sub_jaxprs
+from pallas_kernels.analysis.interpreter import Interpreter, Step, UnknownValueError, equations
 from pallas_kernels.analysis.values import UNKNOWN, Lanes, known, raw
 
 _FAR = ("hbm", "any", "gmem", "host")
@@ -96,12 +96,10 @@ class KernelWalk(Interpreter):
     def is_counted(self, eqn: Any) -> bool:
         return super().is_counted(eqn) or (eqn.primitive.name in _WRITES and memory_space(eqn.invars[0].aval) == "smem")
 
-    def equation(self, eqn: Any, args: list[Any], wanted: tuple[bool, ...]) -> list[Any]:
-        varies = any(isinstance(a, Lanes) for a in args)
-        large = any(math.prod(getattr(v.aval, "shape", ())) > 1 for v in eqn.outvars)
-        if varies and large and eqn.primitive.name not in self.rules and not sub_jaxprs(eqn):
-            return [UNKNOWN] * len(eqn.outvars)
-        return super().equation(eqn, args, wanted)
+    def equation(self, step: Step, args: list[Any]) -> list[Any]:
+        if step.large and step.rule is None and step.call is None and any(isinstance(a, Lanes) for a in args):
+            return [UNKNOWN] * len(step.wanted)
+        return super().equation(step, args)
 
     # --- references --------------------------------------------------------------------------------------------------
 
@@ -118,8 +116,7 @@ class KernelWalk(Interpreter):
         some = any(isinstance(i, Lanes) for i in where)
         if some and not all(known(i) for i in where):
             return [UNKNOWN]
-        plain = lambda i: isinstance(i, slice) or i is ...  # noqa: E731
-        index = tuple(i if plain(i) else np.clip(raw(i), 0, n - 1) for i, n in zip(where, ref.contents.shape or (1,)))
+        index = tuple(_inside(i, n) for i, n in zip(where, ref.contents.shape or (1,)))
         valid = ref.valid[index]
         if not (valid[self.active] if some else valid).all():
             return [UNKNOWN]
@@ -217,6 +214,13 @@ def index_of(transforms: Any) -> tuple[Any, ...] | None:
     return tuple(index)
 
 
+def _inside(index: Any, size: int) -> Any:
+    """An index moved into the array: that of a lane which isn't active may be anything."""
+    if isinstance(index, Lanes):
+        return np.clip(index.array, 0, size - 1)
+    return index if isinstance(index, slice) or index is ... else min(max(int(index), 0), size - 1)
+
+
 def in_order(jaxpr: Any) -> bool:
     """Whether a step may depend on what an earlier one left in SMEM."""
     for eqn in equations(jaxpr):
@@ -246,10 +250,13 @@ def walk_kernel(
     steps = math.prod(grid)
     chunk = 1 if in_order(jaxpr) else min(_CHUNK, max(1, steps))
     refs = [Ref.of(name, v.aval, values.get(i, UNKNOWN)) for i, (name, v) in enumerate(zip(names, jaxpr.invars))]
+    walk = None
     for start in range(0, steps, chunk):
         lanes = min(chunk, steps - start)
         ids = program_ids(grid, start, lanes)
-        walk = KernelWalk(where, grid, ids, lanes, totals)
+        if walk is None or walk.lanes != lanes:
+            walk = KernelWalk(where, grid, ids, lanes, totals)
+        walk.ids = ids
         walk.run(jaxpr, refs)
         notes |= walk.notes
     return totals, list(notes)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.analysis.interpreter import Interpreter, UnknownValueError
+from pallas_kernels.analysis.interpreter import Interpreter, Step, UnknownValueError
 from pallas_kernels.analysis.kernel import (
     Copies,
     KernelWalk,
@@ -129,7 +129,7 @@ def count_traffic(fn: Callable[..., Any], *args: Any, chip: str | None = None, p
     concrete = np.ndarray | np.generic | jax.Array | int
     values = [walk.constant(x) if isinstance(x, concrete) else UNKNOWN for x in jax.tree.leaves(args)]
     # small operations run here and now: a mesh of devices that are only described must not be in force
-    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("here",))):
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("here",))), np.errstate(all="ignore"):
         walk.run_closed(traced, values)
     return Traffic(tuple(walk.kernels), walk.xla_bytes, walk.xla_flops, tuple(walk.notes))
 
@@ -156,16 +156,16 @@ class ProgramWalk(Interpreter):
 
     def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
         if not self._inside_chain:
-            nbytes, flops = own_traffic([eqn for eqn, _ in self._live(jaxpr, tuple(used))], jaxpr.outvars)
+            nbytes, flops = own_traffic([step.eqn for step in self._live(jaxpr, tuple(used))], jaxpr.outvars)
             self.xla_bytes += nbytes
             self.xla_flops += flops
         return super().run(jaxpr, args, consts, used)
 
-    def equation(self, eqn: Any, args: list[Any], wanted: tuple[bool, ...]) -> list[Any]:
-        fused = is_fused(eqn)
+    def equation(self, step: Step, args: list[Any]) -> list[Any]:
+        fused = is_fused(step.eqn)
         self._inside_chain += fused
         try:
-            return super().equation(eqn, args, wanted)
+            return super().equation(step, args)
         finally:
             self._inside_chain -= fused
 

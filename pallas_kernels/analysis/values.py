@@ -34,8 +34,11 @@ def raw(value: Any) -> np.ndarray:
     return value.array if isinstance(value, Lanes) else value
 
 
+_KNOWN = (np.ndarray, np.generic, Lanes)
+
+
 def known(*values: Any) -> bool:
-    return all(isinstance(v, np.ndarray | np.generic | Lanes) for v in values)
+    return all(isinstance(v, _KNOWN) for v in values)
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -99,41 +102,46 @@ def evaluate(name: str, params: dict[str, Any], args: Sequence[Any], shape: Sequ
     Args:
       shape: that of the result, without lanes.
     """
-    lanes = any(isinstance(a, Lanes) for a in args)
-    arrays = [raw(a) for a in args]
     if name in IDENTITY:
         return args[0]
-    with np.errstate(all="ignore"):
-        if name in ELEMENTWISE or name == "select_n":
-            if lanes:  # a scalar of a lane stands before the lane's own axes
-                arrays = [_lane_scalar(a, len(shape)) if isinstance(v, Lanes) else a for v, a in zip(args, arrays)]
-            out = _select(*arrays) if name == "select_n" else ELEMENTWISE[name](*arrays)
-        elif name == "convert_element_type":
-            out = arrays[0].astype(params["new_dtype"])
-        elif name in ("reshape", "squeeze", "expand_dims"):
-            out = _shaped(arrays[0], lanes, shape)
-        elif name == "broadcast_in_dim":
-            out = _broadcast(arrays[0], lanes, shape, params["broadcast_dimensions"])
-        elif name in _REDUCTIONS:
-            axes = tuple(a + lanes for a in params["axes"])
-            out = _REDUCTIONS[name](arrays[0], axis=axes).astype(arrays[0].dtype)
-        elif name == "integer_pow":
-            out = arrays[0] ** params["y"]
-        elif lanes:
-            return None
-        elif name == "iota":
-            d = params["dimension"]
-            out = _broadcast(np.arange(shape[d], dtype=params["dtype"]), False, shape, (d,))
-        elif name == "concatenate":
-            out = np.concatenate(arrays, axis=params["dimension"])
-        elif name == "slice":
-            steps = params["strides"] or (1,) * len(shape)
-            out = arrays[0][tuple(map(slice, params["start_indices"], params["limit_indices"], steps))]
-        elif name == "transpose":
-            out = np.transpose(arrays[0], params["permutation"])
-        else:
+    lanes = any(isinstance(a, Lanes) for a in args)
+    if name in ELEMENTWISE and not lanes:
+        return np.asarray(ELEMENTWISE[name](*args))
+    arrays = [raw(a) for a in args]
+    if name in ELEMENTWISE or name == "select_n":
+        if lanes and shape:  # a scalar of a lane stands before the lane's own axes
+            arrays = [_lane_scalar(a, len(shape)) if isinstance(v, Lanes) else a for v, a in zip(args, arrays)]
+        out = _select(*arrays) if name == "select_n" else ELEMENTWISE[name](*arrays)
+    elif name == "convert_element_type":
+        out = arrays[0].astype(params["new_dtype"])
+    elif name in ("reshape", "squeeze", "expand_dims"):
+        out = _shaped(arrays[0], lanes, shape)
+    elif name == "broadcast_in_dim":
+        out = _broadcast(arrays[0], lanes, shape, params["broadcast_dimensions"])
+    elif name in _REDUCTIONS:
+        axes = tuple(a + lanes for a in params["axes"])
+        out = _REDUCTIONS[name](arrays[0], axis=axes).astype(arrays[0].dtype)
+    elif name == "integer_pow":
+        out = arrays[0] ** params["y"]
+    else:
+        out = None if lanes else _rearranged(name, params, arrays, shape)
+        if out is None:
             return None
     return Lanes(np.asarray(out)) if lanes else np.asarray(out)
+
+
+def _rearranged(name: str, params: dict[str, Any], arrays: Sequence[np.ndarray], shape: Sequence[int]) -> Any:
+    if name == "iota":
+        d = params["dimension"]
+        return _broadcast(np.arange(shape[d], dtype=params["dtype"]), False, shape, (d,))
+    if name == "concatenate":
+        return np.concatenate(arrays, axis=params["dimension"])
+    if name == "slice":
+        steps = params["strides"] or (1,) * len(shape)
+        return arrays[0][tuple(map(slice, params["start_indices"], params["limit_indices"], steps))]
+    if name == "transpose":
+        return np.transpose(arrays[0], params["permutation"])
+    return None
 
 
 def _lane_scalar(x: np.ndarray, rank: int) -> np.ndarray:

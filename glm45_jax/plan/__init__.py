@@ -1,0 +1,1 @@
+"""Plans: what programs cost on chips that are not there."""
