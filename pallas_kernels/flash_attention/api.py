@@ -17,6 +17,7 @@ from pallas_kernels.chip import named_chip
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.flash_attention import cpu, reference, tpu, tpu_backward
 from pallas_kernels.flash_attention.problem import Problem, Tiling
+from pallas_kernels.flash_attention.tiling import check as check_tiling
 from pallas_kernels.mosaic import varying_alike
 
 _FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward}
@@ -64,7 +65,7 @@ def flash_attention(
       logaddexp(lse1, lse2) and exp(lse1 - lse) * out1 + exp(lse2 - lse) * out2.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or ids of queries alone where there are more or fewer keys.
+      ValueError: shapes, dtypes or a tiling that do not fit; ids of queries alone where there are more or fewer keys.
     """
     if not heads_first:
         q, k, v = (x.swapaxes(1, 2) if x.ndim == 4 else x for x in (q, k, v))
@@ -72,6 +73,8 @@ def flash_attention(
     segments = _segments(q, k, segment_ids, kv_segment_ids)
     if chip is not None:
         named_chip(chip)
+    if tiling is not None:
+        check_tiling(tiling)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     known = int(q_offset) if not isinstance(q_offset, jax.core.Tracer) and jnp.ndim(q_offset) == 0 else None
     problem = Problem(causal, scale, known, chip, tiling)

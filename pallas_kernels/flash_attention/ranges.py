@@ -9,7 +9,6 @@ Axes: B batch (1 where all rows of the batch are alike), N blocks of queries, M 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 

@@ -38,7 +38,7 @@ def backward(q, k, v, segments, q_offset, lse, delta, dout, *, problem: Problem)
 
 def _grouped(q, k):
     """Query heads by the kv head that they share, in float32: [B, K, G, S, D]."""
-    return q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    return q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
 
 
 def _scores(grouped, k, segments, q_offset, problem):

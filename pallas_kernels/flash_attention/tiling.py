@@ -10,6 +10,7 @@ Axes: G query heads per kv head, D head dim.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ MOST_HEADS = 16  # query heads of one kv head: a step of the grid is unrolled ov
 _UNITS = 12  # pieces of rows that a step is unrolled over, where heads are fewer
 _ROWS = 256  # fills a matrix unit of 256, and halves how often one of 128 takes new factors
 _BLOCK_KV = (512, 256, 128)
+_ENOUGH_RESIDENT = 2048  # keys, so that blocks of queries come often enough to hide their fetching
 _RESIDENT = (8192, 4096, 2048, 1024, 512, 256, 128)
 # Blocks of float32 that the compiler keeps of the scores and what becomes of them, two pieces of rows at a time.
 _FORWARD_TEMPORARIES, _BACKWARD_TEMPORARIES = 4, 8
@@ -41,7 +43,7 @@ class Shape:
 
 
 def forward_bytes(tiling: Tiling, shape: Shape) -> int:
-    """What the forward kernel asks of VMEM: q, k, v and out twice (one block on its way), float32 state, temporaries."""
+    """What the forward kernel asks of VMEM: q, k, v, out twice (one block on its way), float32 state, temporaries."""
     size, width, rows, resident = _sizes(tiling, shape)
     blocks = 2 * (2 * rows * width * size + 2 * resident * width * size)
     row_vectors = 2 * 2 * _up(shape.groups, 8) * tiling.block_q * 4 + 2 * 8 * resident * 4
@@ -58,24 +60,29 @@ def backward_bytes(tiling: Tiling, shape: Shape) -> int:
     return blocks + row_vectors + state + _BACKWARD_TEMPORARIES * tiling.rows * tiling.block_kv * 4
 
 
-def choose(chip: Chip, shape: Shape, bytes_asked: Any) -> Tiling:
-    """The tiling with the most keys in VMEM, and then the longest blocks of keys, that `bytes_asked` lets fit.
+def choose(chip: Chip, shape: Shape, bytes_asked: Callable[[Tiling, Shape], int]) -> Tiling:
+    """The largest block of queries that leaves room for enough keys, with the most keys in VMEM that fit beside it.
 
-    Raises NotImplementedError where none fits.
+    Raises NotImplementedError where nothing fits.
     """
-    rows = min(_ROWS, _up(shape.queries, _SUBLANES))
-    pieces = 1 << max(0, (_UNITS // shape.groups).bit_length() - 1)
-    while True:
+    for rows, pieces, least_resident in _query_blocks(shape):
         block_q = rows * min(pieces, -(-shape.queries // rows))
-        for resident in _RESIDENT:
-            for block_kv in _BLOCK_KV:
+        for resident in (size for size in _RESIDENT if size >= least_resident):
+            for block_kv in (size for size in _BLOCK_KV if size <= resident):
                 tiling = _balanced(block_q, block_kv, resident, rows, shape.keys)
-                enough = resident >= block_kv and (resident >= 2048 or block_q <= rows)
-                if enough and bytes_asked(tiling, shape) <= VMEM_SHARE * chip.on_chip_bytes:
+                if bytes_asked(tiling, shape) <= VMEM_SHARE * chip.on_chip_bytes:
                     return tiling
-        if pieces == 1 and rows <= LANES:
-            raise NotImplementedError(f"flash_attention: a block of {shape} does not fit the VMEM of {chip.name}")
-        pieces, rows = (pieces // 2, rows) if pieces > 1 else (1, LANES)
+    raise NotImplementedError(f"flash_attention: no block of {shape} fits the VMEM of {chip.name}")
+
+
+def _query_blocks(shape: Shape) -> Iterator[tuple[int, int, int]]:
+    """Rows of a piece, how many pieces of each head, and for how many keys there must be room to take so many."""
+    pieces = 1 << max(0, (_UNITS // shape.groups).bit_length() - 1)
+    for rows in (_ROWS, LANES):
+        rows = min(rows, _up(shape.queries, _SUBLANES))
+        for fewer in range(pieces.bit_length()):
+            smallest = rows <= LANES and pieces >> fewer == 1
+            yield rows, pieces >> fewer, LANES if smallest else _ENOUGH_RESIDENT
 
 
 def _balanced(block_q: int, block_kv: int, resident: int, rows: int, keys: int) -> Tiling:
@@ -87,12 +94,9 @@ def _balanced(block_q: int, block_kv: int, resident: int, rows: int, keys: int) 
 
 def check(tiling: Tiling) -> None:
     """Raises ValueError for what the kernels can't do."""
-    good = (
-        tiling.block_kv % LANES == 0 and tiling.block_kv > 0
-        and tiling.resident % tiling.block_kv == 0 and tiling.resident > 0
-        and tiling.rows % _SUBLANES == 0 and tiling.rows > 0 and tiling.block_q % tiling.rows == 0 and tiling.block_q > 0
-    )  # fmt: skip
-    if not good:
+    t = tiling
+    pairs = ((t.block_kv, LANES), (t.resident, t.block_kv), (t.rows, _SUBLANES), (t.block_q, t.rows))
+    if not all(size > 0 and part > 0 and size % part == 0 for size, part in pairs):
         raise ValueError(
             f"flash_attention: {tiling}; block_kv must be a multiple of {LANES}, resident of block_kv, block_q of "
             f"rows, rows of {_SUBLANES}"

@@ -78,7 +78,7 @@ def _call(work: Work, scalars, dq, q, dout, lse, delta, k, v, *ids):
     t = work.tiling
 
     def block(b, i, meeting):
-        """The block of queries: before the first and past the last that meets the keys, these, so that none is moved."""
+        """The block of queries; before the first that meets the keys and past the last, those, so that none moves."""
         row = b if work.segmented else 0
         return jnp.clip(i, meeting[2 * row], meeting[2 * row + 1])
 

@@ -78,7 +78,6 @@ def plan(q, k, segments: Segments, problem: Problem, bytes_asked: Callable[..., 
     chip = tpu_to_tile_for(problem.chip)
     shape = tiles.Shape(groups, queries, keys, head_dim, q.dtype)
     tiling = problem.tiling or tiles.choose(chip, shape, bytes_asked)
-    tiles.check(tiling)
     work = Work(problem, chip, tiling, batch, kv_heads, groups, queries, keys, head_dim, q.dtype, segments is not None)
     if work.query_blocks * BOUNDS * (batch if work.segmented else 1) > _MOST_RANGES:
         raise NotImplementedError(f"flash_attention: {batch} rows of {queries} queries are too many blocks")
