@@ -1,0 +1,150 @@
+"""Compiles the full matrix of kernels for chips that are not there, and counts their bytes.
+
+    python scripts/prove_kernels.py                            # what has changed since docs/proofs/kernels.json
+    python scripts/prove_kernels.py --op grouped_matmul --chip v5p v6e
+    python scripts/prove_kernels.py --check                    # only names the rows that are stale
+    python scripts/prove_kernels.py --only-cases               # one shape per direction, not the full matrix
+
+A row is a case of tests/pallas_kernels/aot_cases on a chip, under the version of jax. It keeps a hash of the lowered
+program: a row whose program is the same is left as it is, so an interrupted run goes on where it was.
+"""
+
+# ruff: noqa: E402  (the environment, and where the tests are, come before what depends on them)
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pallas_kernels.analysis.cases import Case, Source
+from pallas_kernels.analysis.compile import missing_compiler, prepare_environment, program_hash
+from pallas_kernels.analysis.report import examine
+from pallas_kernels.analysis.schedule import Worker
+from tests.pallas_kernels.aot_cases import EVERY_SHAPE, ONE_SHAPE, gather
+
+COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+)  # fmt: skip
+CHIPS = {"tpu": ("v5e", "v5p", "v6e", "tpu7x"), "gpu": ("h100",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    json: Path = ROOT / "docs" / "proofs" / "kernels.json"
+    """Where the rows are kept."""
+    op: tuple[str, ...] = ()
+    """Only these ops."""
+    chip: tuple[str, ...] = ()
+    """Only these chips."""
+    only_cases: bool = False
+    """One shape per direction, as the tests compile them."""
+    check: bool = False
+    """Compile nothing; name the stale rows, and end with 1 if there are any."""
+
+
+def version() -> str:
+    return f"jax {importlib.metadata.version('jax')}"
+
+
+def key(case: Case, chip: str) -> str:
+    return f"{case.name} @ {chip}"
+
+
+def wanted(options: Options) -> Iterator[tuple[Source, Case, str]]:
+    for source, case in gather(ONE_SHAPE if options.only_cases else EVERY_SHAPE):
+        for chip in CHIPS[case.platform]:
+            if (not options.op or case.op in options.op) and (not options.chip or chip in options.chip):
+                yield source, case, chip
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write(file: Path, proofs: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(proofs, indent=1, sort_keys=True) + "\n")
+    partial.rename(file)
+
+
+def hash_of(case: Case, chip: str) -> str:
+    """Of the lowered program; of the error where it cannot be lowered."""
+    try:
+        return program_hash(chip, case.function, *case.arguments)
+    except Exception as e:
+        return f"cannot be lowered: {type(e).__name__}"
+
+
+def main(options: Options) -> int:
+    prepare_environment()
+    proofs = read(options.json)
+    rows = proofs.setdefault(version(), {})
+    everything = list(wanted(options))
+    stale, failed = [], 0
+    with Progress(*COLUMNS, disable=not sys.stderr.isatty()) as progress, Worker() as worker:
+        task = progress.add_task("kernels", total=len(everything))
+        for source, case, chip in everything:
+            name, program = key(case, chip), hash_of(case, chip)
+            progress.update(task, advance=1, description=name[:60])
+            if rows.get(name, {}).get("program") == program and not rows[name].get("error"):
+                continue
+            stale.append(name)
+            if options.check:
+                continue
+            if why := missing_compiler(chip):
+                sys.exit(why)
+            report = examine(case, source, chip, worker)
+            rows[name] = {"program": program, **compact(report.as_json())}
+            failed += report.error is not None
+            print(line(name, rows[name]), flush=True)
+            write(options.json, proofs)
+    if options.check:
+        print("\n".join(stale) or "every row is of the program as it is")
+        return bool(stale)
+    if not options.op and not options.chip and not options.only_cases:
+        gone = set(rows) - {key(case, chip) for _, case, chip in everything}
+        for name in gone:
+            del rows[name]
+        write(options.json, proofs)
+    return bool(failed)
+
+
+def compact(report: dict[str, Any]) -> dict[str, Any]:
+    """Rounded, without what is empty, and without what the key says."""
+
+    def short(x: Any) -> Any:
+        if isinstance(x, float):
+            return round(x, 4) if abs(x) < 1000 else round(x)
+        if isinstance(x, dict):
+            return {k: short(v) for k, v in x.items()}
+        return [short(v) for v in x] if isinstance(x, list | tuple) else x
+
+    return {k: short(v) for k, v in report.items() if k not in ("case", "chip") and v not in (None, (), {}, [])}
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{name}: DOES NOT COMPILE: {row['error'][:200]}"
+    ratio, slots = row.get("bytes_over_least"), row.get("matrix_slots")
+    return (
+        f"{name}: {f'{ratio:.3f}x the least bytes' if ratio else 'bytes not compared'}, "
+        f"{f'{slots:.1%} of slots' if slots else 'no matrix slots'}, "
+        f"temporary {row['memory']['temporary_bytes'] / 1e6:.1f} MB, {row['memory']['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
