@@ -8,7 +8,7 @@ from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.fused_moe.api import fused_moe
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
-from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy, weighted_linear_cross_entropy
 from pallas_kernels.paged_attention.api import paged_attention
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "grouped_swiglu",
     "linear_cross_entropy",
     "paged_attention",
+    "weighted_linear_cross_entropy",
 ]

@@ -23,8 +23,11 @@ _NOTHING = 0.5 * float(jnp.finfo(jnp.float32).min)  # finite: its exponential ti
 
 
 def chunk_columns(tokens: int, vocabulary: int, most_logits: int) -> int:
-    """Columns of a chunk: even chunks of at most `most_logits` logits, whole lanes but for the last."""
+    """Columns of a chunk of at most `most_logits` logits: whole lanes, and all chunks alike where there is a way."""
     count = math.ceil(vocabulary / max(_LANES, most_logits // max(tokens, 1)))
+    for more in range(count, 2 * count):
+        if vocabulary % (more * _LANES) == 0:
+            return vocabulary // more
     return min(vocabulary, math.ceil(vocabulary / count / _LANES) * _LANES)
 
 

@@ -1,8 +1,9 @@
 """Tiles of the TPU kernel, by a model of its VMEM.
 
-The head is read once for every tile of tokens, so the tile of tokens is as large as VMEM allows: by it the arithmetic
-per byte grows (two products per byte of a bfloat16 head and row of the tile). The tile of the vocabulary only has to be
-long enough to hide the start of a product.
+The head is read once for every tile of tokens, so the tile of tokens is as large as VMEM allows: by it grows the
+arithmetic per byte (one operation for each byte of a bfloat16 head and each row of the tile; chips want 240 to 560).
+The tile of the vocabulary makes up for it: a block of logits of one size, long enough to make little of the start of a
+grid step, short enough to compile quickly.
 
 Axes: T tokens, D model, V vocabulary.
 """
@@ -20,7 +21,8 @@ from pallas_kernels.mosaic import VMEM_SHARE
 
 _LANES = 128
 _TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128)
-_VOCABULARY = (512, 256, 128)
+_LOGITS = 1 << 19
+_MOST_COLUMNS = 1024
 # Blocks of float32 that the compiler keeps beside the product: the logits, their exponentials, what is summed.
 _LOGITS_COPIES = 3
 
@@ -42,9 +44,12 @@ def choose(chip: Chip, tokens: int, width: int, vocabulary: int, hidden_dtype: A
     Raises NotImplementedError when the model is so wide that the smallest tile does not.
     """
     most = VMEM_SHARE * chip.on_chip_bytes
+    # an exact product of float32 takes six of bfloat16, and as long to compile
+    logits = _LOGITS if jnp.dtype(hidden_dtype).itemsize == 2 else _LOGITS // 4
     for rows in _TOKENS:
-        for columns in _VOCABULARY:
-            tiling = Tiling(_even(tokens, rows, chip.cores), min(columns, _lanes(vocabulary)))
+        rows = _even(tokens, rows, chip.cores)
+        for columns in (logits // rows // _LANES * _LANES, 256, 128):
+            tiling = Tiling(rows, max(_LANES, min(columns, _MOST_COLUMNS, _lanes(vocabulary))))
             if vmem_bytes(tiling, width, hidden_dtype, head_dtype) <= most:
                 return tiling
     raise NotImplementedError(f"rows of {width} are too wide for the VMEM of {chip.name}")
