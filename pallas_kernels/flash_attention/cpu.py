@@ -29,14 +29,15 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
     """[B, H, S, D], [B, K, T, D] twice -> [B, H, S, D] and the log-sum-exp [B, H, S]."""
 
     def one(place, segments, q):
-        scores = _scores(q, k[:, :, : place.end], place.bias(segments), problem)
-        largest = jnp.maximum(scores.max(-1, keepdims=True), _UNSEEN)  # a row that sees nothing has no weights then
+        bias = place.bias(segments)
+        scores = _scores(q, k[:, :, : place.end], bias, problem)
+        largest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = weights.sum(-1, keepdims=True)
-        total_or_one = jnp.where(total > 0, total, 1)
         out = _product("bkrt,bktd->bkrd", _merge(weights).astype(v.dtype), v[:, :, : place.end]).reshape(q.shape)
-        lse = jnp.where(total > 0, largest + jnp.log(total_or_one), SEES_NOTHING)
-        return ((out / total_or_one).astype(q.dtype), lse[..., 0]), ()
+        some = bias.max(-1, keepdims=True) == 0  # what sees nothing weighs all keys alike
+        lse = jnp.where(some, largest + jnp.log(total), SEES_NOTHING)
+        return (jnp.where(some, out / total, 0).astype(q.dtype), lse[..., 0]), ()
 
     (out, lse), _ = _in_chunks(one, [_grouped(q, k)], k.shape[2], segments, q_offset, problem, ())
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
@@ -149,8 +150,11 @@ def _chunk(rows: int, length: int, keys: int) -> int:
 
 
 def _scores(q, k, bias, problem: Problem) -> Float[Array, "B K G S T"]:
-    scores = _product("bkrd,bktd->bkrt", _merge(q), k)
-    return scores.reshape(*q.shape[:-1], -1) * problem.scale + bias
+    """The scale goes into q, the smaller factor, unless that would be rounded to bfloat16."""
+    exact = q.dtype == jnp.float32
+    scores = _product("bkrd,bktd->bkrt", _merge(q * problem.scale if exact else q), k)
+    scores = scores.reshape(*q.shape[:-1], -1)
+    return (scores if exact else scores * problem.scale) + bias
 
 
 def _product(equation: str, left: Array, right: Array) -> Array:
