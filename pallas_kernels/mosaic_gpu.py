@@ -62,7 +62,14 @@ def pad_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
-def kernel(body: Callable[..., None], out_type: Any, *, num_blocks: int, scratch_types: dict[str, Any]) -> Any:
+def kernel(
+    body: Callable[..., None],
+    out_type: Any,
+    *,
+    num_blocks: int,
+    scratch_types: dict[str, Any],
+    approx_math: bool = False,
+) -> Any:
     """A kernel of `num_blocks` blocks at most, as many as there are multiprocessors: see `for_each_tile`."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     multiprocessors = getattr(device, "num_cores", None) or _MULTIPROCESSORS
@@ -74,7 +81,9 @@ def kernel(body: Callable[..., None], out_type: Any, *, num_blocks: int, scratch
         grid_names=("block",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approx_math
+        ),
     )
 
 
@@ -98,6 +107,11 @@ def for_each_tile(num_tiles: Any, body: Callable[[Any, Any], Any]) -> None:
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
     mine = (num_tiles - block + blocks - 1) // blocks
     lax.fori_loop(0, mine, lambda i, step: body(i * blocks + block, step), jnp.int32(0))
+
+
+def turn_of(tile: Any) -> Any:
+    """How many tiles this block had before: the step of a ring that is filled once for a tile."""
+    return lax.div(tile, lax.axis_size("block"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +222,7 @@ class Store:
         whole, num_rows = self.whole.at[warpgroup], end - begin
         for at in range(0, y.shape[1], width):
             piece = y[:, at : at + width].astype(out.dtype)
-            first = pl.multiple_of(column + at, width)
+            first = column + at if isinstance(column, int) else pl.multiple_of(column + at, width)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when((num_rows == WARPGROUP_ROWS) & (first < out.shape[1]))

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.chip import named_chip
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.flash_attention import cpu, reference, tpu, tpu_backward
+from pallas_kernels.flash_attention import cpu, gpu, reference, tpu, tpu_backward
 from pallas_kernels.flash_attention.problem import Problem, Tiling
 from pallas_kernels.flash_attention.tiling import check as check_tiling
 from pallas_kernels.mosaic import varying_alike
 
-_FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward}
+_FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _BACKWARD = {"reference": reference.backward, "cpu": cpu.backward, "tpu": tpu_backward.backward}
 # What the backward pass needs beside the arguments, to policies of `jax.checkpoint`: the result and its log-sum-exp.
 RESIDUAL = "kept"

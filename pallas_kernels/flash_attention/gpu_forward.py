@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention.gpu_common import (
     LOG2_E,
     QUERIES,
-    Plan,
     key_blocks,
     plan,
     segment_arrays,
@@ -79,7 +77,9 @@ def _kernel(
             def one(i, _):
                 keys = pl.ds(loop.block(i) * work.block_kv, work.block_kv)
                 kv = lax.div(head, work.groups)
-                ring.fill(step + i, [k.at[batch, kv, keys], v.at[batch, kv, keys], *(x.at[batch, keys] for x in ids[1:])])
+                ring.fill(
+                    step + i, [k.at[batch, kv, keys], v.at[batch, kv, keys], *(x.at[batch, keys] for x in ids[1:])]
+                )
 
             lax.fori_loop(0, loop.steps, one, None)
             return step + loop.steps
@@ -142,7 +142,12 @@ def _kernel(
             q_ring.free(mosaic_gpu.turn_of(tile))
             some = total > 0
             share = 1 / jnp.where(some, total, 1.0)
-            write_lse(jnp.where(some, largest * math.log(2) + jnp.log(jnp.where(some, total, 1.0)), SEES_NOTHING), batch, head, row)
+            write_lse(
+                jnp.where(some, largest * math.log(2) + jnp.log(jnp.where(some, total, 1.0)), SEES_NOTHING),
+                batch,
+                head,
+                row,
+            )
             num_rows = jnp.where(row < q.shape[2], WARPGROUP_ROWS, 0)
             row = pl.multiple_of(row, WARPGROUP_ROWS)
             store.rows(acc * lax.broadcast_in_dim(share, acc.shape, [0]), out.at[batch, head], row, 0, num_rows, 0)
