@@ -1,7 +1,8 @@
 """Paged attention as a loop over the pages in use: portable XLA, made for the CPU.
 
 A piece of work is one decoding token, or a block of a row's new tokens; each goes through the row's pages up to its
-last position, one page a step, with an online softmax. Nothing past a row's length is read.
+last position, one page a step, with an online softmax. Nothing past a row's length is read. Pages in float32 or int8
+are updated in place; XLA's CPU backend works on bfloat16 and float8 only after converting the whole cache to float32.
 
 Axes: N new tokens, H query heads, K KV heads, G query heads of a KV head, D head size, B tokens of a piece.
 """
@@ -68,7 +69,7 @@ def _attend(query, position, tokens, pages, page_ids, layer, kv_scale, scale):
         total = total * old + weights.sum(-1, keepdims=True)
         return now, total, weighted * old + jnp.einsum("kms,ksd->kmd", weights, values, precision="highest")
 
-    column = jnp.zeros((kv_heads, num_tokens * group, 1), jnp.float32)
+    column = jnp.zeros_like(query[..., :1])
     in_use = jnp.maximum(position + tokens + page_size - 1, 0) // page_size
     _, total, weighted = jax.lax.fori_loop(0, in_use, step, (column + _MASKED, column, jnp.zeros_like(query)))
     out = weighted / jnp.where(position < 0, 1, total)

@@ -6,6 +6,7 @@ T positions of a block, M = B * G rows of a product, C tokens of a tile.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -35,9 +36,13 @@ def prepare(r: Any, p: Problem, half: Any, tokens: int) -> None:
     new = pl.ds(p.rows_of_a_tile, tokens)
     s.new[new, :, : p.head_dim] = k
     s.new[new, :, p.head_dim :] = v
-    s.highest[:, :m] = jnp.full((p.kv_heads, m, LANES), _MASKED, jnp.float32)
-    s.total[:, :m] = jnp.zeros((p.kv_heads, m, LANES), jnp.float32)
-    s.weighted[:, :m] = jnp.zeros((p.kv_heads, m, p.width), jnp.float32)
+
+    def reset(head, _):
+        s.highest[head, :m] = jnp.full((m, LANES), _MASKED, jnp.float32)
+        s.total[head, :m] = jnp.zeros((m, LANES), jnp.float32)
+        s.weighted[head, :m] = jnp.zeros((m, p.width), jnp.float32)
+
+    jax.lax.fori_loop(0, p.kv_heads, reset, None)
 
 
 def finish(r: Any, p: Problem, half: Any, tokens: int) -> None:
@@ -103,13 +108,17 @@ def attend(r: Any, p: Problem, t: Tiling, half: Any, span: Any, tokens: int) -> 
     m = rows_at_once(tokens, p.group)
     pieces = padded_rows(tokens, p.group) // m
 
-    def some(i, _):
+    def some(i, _, all_seen: bool):
         head, piece = i // pieces, i % pieces
-        seen = _seen(p, t, m, position + piece * (m // p.group), block_start)
+        seen = None if all_seen else _seen(p, t, m, position + piece * (m // p.group), block_start)
         which = pl.ds(pl.multiple_of(piece * m, 16), m)
         _softmax_step(r, p, half, pl.ds(head, 1), which, seen)
 
-    jax.lax.fori_loop(0, p.kv_heads * pieces, some, None)
+    # what every token sees needs no mask, and most blocks of a long row are such
+    all_seen = position >= block_start + t.kv_block - 1
+    for case, condition in ((True, all_seen), (False, ~all_seen)):
+        some_ = functools.partial(some, all_seen=case)
+        pl.when(condition)(functools.partial(jax.lax.fori_loop, 0, p.kv_heads * pieces, some_, None))
 
 
 def _seen(p: Problem, t: Tiling, m: int, position: Any, block_start: Any) -> jax.Array:
@@ -120,13 +129,13 @@ def _seen(p: Problem, t: Tiling, m: int, position: Any, block_start: Any) -> jax
     return block_start + jax.lax.broadcasted_iota(jnp.int32, (m, t.kv_block), 1) <= position + token
 
 
-def _softmax_step(r: Any, p: Problem, half: Any, heads: Any, which: Any, seen: jax.Array) -> None:
-    """The step of the rows `which` of each of `heads`."""
+def _softmax_step(r: Any, p: Problem, half: Any, heads: Any, which: Any, seen: jax.Array | None) -> None:
+    """The step of the rows `which` of each of `heads`; None as `seen` is all of the block."""
     s, which = r.scratch, (heads, which)
     numbers = range(heads.stop) if isinstance(heads, slice) else [heads.start]
     block = [_keys_and_values(s.kv, p, half, head) for head in numbers]
     scores = [_dot(s.queries[h, which[1]], k, (1, 1)) * r.factors[0, h] for h, (k, _) in zip(numbers, block)]
-    masked = jnp.where(seen, jnp.stack(scores), _MASKED)
+    masked = jnp.stack(scores) if seen is None else jnp.where(seen, jnp.stack(scores), _MASKED)
     before = s.highest[which]
     now = jnp.maximum(before, masked.max(-1, keepdims=True))
     weights = jnp.exp(masked - _lanes(now, masked.shape[-1]))
