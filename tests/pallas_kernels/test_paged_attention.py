@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import jax
@@ -11,18 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention.tiling import Tiling
+from tests.pallas_kernels.support import on
 from tests.support import quick_jit
 
+IMPLEMENTATIONS = ["reference", "cpu", pytest.param("tpu", marks=pytest.mark.slow)]  # the interpreter is slow
 N, R, P, NUM_PAGES = 22, 5, 4, 32
 PAGE_SIZE = {"float32": 8, "bfloat16": 16, "int8": 32, "float8_e4m3fn": 32}
 # KV heads, group, head size: two tiles of queries of each are made, and blocks of two pages
 HEADS = {"grouped": (2, 3, 64), "one group": (1, 12, 128), "no group": (3, 1, 64)}
-# what `implementation` may be, and what of it needs the interpreter's minutes
-EVERY = ["reference", "cpu", pytest.param("tpu", marks=pytest.mark.slow)]
 
 # new tokens and lengths of the live rows, in units of "page" where a float is given
 MIXTURES = {
@@ -38,18 +36,9 @@ MIXTURES = {
 
 
 @functools.cache
-def _compiled(implementation: str, page_size: int, scale: float | None = None):
-    function = functools.partial(
-        paged_attention, scale=scale, implementation=implementation, tiling=Tiling(2 * page_size, (1, 8))
-    )
-    return quick_jit(function)
-
-
-def _run(implementation: str, page_size: int, args, capfd=None, **options):
-    """In the interpreter where it is a TPU's kernel: memory that nobody wrote is not a number there."""
-    interpreted = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
-    with interpreted if implementation == "tpu" else contextlib.nullcontext():
-        return jax.block_until_ready(_compiled(implementation, page_size)(*args, **options))
+def _compiled(implementation: str, page_size: int):
+    tiling = Tiling(2 * page_size, (1, 8))
+    return quick_jit(functools.partial(paged_attention, implementation=implementation, tiling=tiling))
 
 
 class Case:
@@ -141,47 +130,47 @@ class Case:
         np.testing.assert_array_equal(after, before)
 
 
-def _verify(case: Case, implementation: str, tolerance: float, capfd=None) -> None:
+def _verify(case: Case, implementation: str, tolerance: float) -> None:
     args, options = case.arguments()
-    case.check(*_run(implementation, case.page_size, args, **options), tolerance)
-    if capfd is not None:
-        assert "RACE" not in capfd.readouterr().out
+    with on(implementation):
+        result = jax.block_until_ready(_compiled(implementation, case.page_size)(*args, **options))
+    case.check(*result, tolerance)
 
 
-@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_mixtures(mixture: str, implementation: str, capfd) -> None:
-    _verify(Case(MIXTURES[mixture]), implementation, 3e-6, capfd)
+def test_mixtures(mixture: str, implementation: str) -> None:
+    _verify(Case(MIXTURES[mixture]), implementation, 3e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["reference", "cpu", "tpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("page_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
-def test_types_of_pages_and_a_layer_of_a_stack(page_dtype: str, implementation: str, capfd) -> None:
+def test_types_of_pages_and_a_layer_of_a_stack(page_dtype: str, implementation: str) -> None:
     """With float32 queries what is stored is used as exactly as in float64; the other layers stay as they were."""
     for mixture in ("mixture", "drafts"):
-        _verify(Case(MIXTURES[mixture], page_dtype=page_dtype, layers=3), implementation, 3e-6, capfd)
+        _verify(Case(MIXTURES[mixture], page_dtype=page_dtype, layers=3), implementation, 3e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["reference", "cpu", "tpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", ["one group", "no group"])
 @pytest.mark.parametrize("dtype, page_dtype", [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float32", "float32")])
-def test_heads(heads: str, dtype: str, page_dtype: str, implementation: str, capfd) -> None:
+def test_heads(heads: str, dtype: str, page_dtype: str, implementation: str) -> None:
     tolerance = 1.5e-2 if dtype == "bfloat16" else 3e-6
-    _verify(Case(MIXTURES["mixture"], heads, dtype, page_dtype), implementation, tolerance, capfd)
+    _verify(Case(MIXTURES["mixture"], heads, dtype, page_dtype), implementation, tolerance)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["reference", "cpu", "tpu"])
-def test_one_token_of_one_row(implementation: str, capfd) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_token_of_one_row(implementation: str) -> None:
     """The smallest batch there is, of N = 1."""
     for length in (1, 9, 1.0, 4.0):
-        _verify(Case([(1, length)], tokens=1), implementation, 3e-6, capfd)
+        _verify(Case([(1, length)], tokens=1), implementation, 3e-6)
 
 
-@pytest.mark.parametrize("implementation", EVERY)
-def test_random_mixtures(implementation: str, capfd) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_random_mixtures(implementation: str) -> None:
     page_size = PAGE_SIZE["float32"]
 
     @settings(max_examples=6 if implementation == "tpu" else 25, deadline=None, database=None, derandomize=True)
@@ -192,7 +181,7 @@ def test_random_mixtures(implementation: str, capfd) -> None:
             tokens = min(tokens, left)
             left -= tokens
             mixture.append((tokens, min(tokens + before, P * page_size)))
-        _verify(Case(mixture, seed=seed), implementation, 3e-6, capfd)
+        _verify(Case(mixture, seed=seed), implementation, 3e-6)
 
     check()
 
