@@ -1,24 +1,38 @@
-"""The routed experts through grouped matmuls in plain XLA, the truth for every other implementation."""
+"""The routed experts as grouped matmuls over rows sorted by expert: the truth, and the way of many tokens.
+
+Axes: T tokens, D model, k experts per token, E experts whose matrices are given, L layers.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 
 
-def forward(x, gate, up, down, indices, weights, layer, *, transpose_rhs):
-    """[T, D] -> [T, D]; see `api.fused_moe`."""
-    top_k, num_experts = indices.shape[1], gate.shape[1]
-    order = jnp.argsort(indices.reshape(-1), stable=True)
-    sizes = jnp.zeros(num_experts, jnp.int32).at[indices.reshape(-1)].add(1)
+def forward(
+    x, matrices, scales, indices, weights, offset, layer, *, transpose_rhs, implementation: Implementation = "reference"
+):
+    """[T, D] -> [T, D], differentiable; see `api.fused_moe`. `implementation` is that of the grouped matmuls."""
+    (gate, up, down), (gate_scale, up_scale, down_scale) = matrices, scales
+    offset = 0 if offset is None else offset
+    num_experts, top_k = gate.shape[1], indices.shape[1]
+    expert = local_experts(indices, offset, num_experts).reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    how = {"layer": layer, "transpose_rhs": transpose_rhs, "implementation": implementation}
+    sizes = jnp.bincount(expert, length=num_experts + 1)[:num_experts]
+    hidden = grouped_swiglu(x[order // top_k], gate, up, sizes, gate_scale=gate_scale, up_scale=up_scale, **how)
+    answers = grouped_matmul(
+        hidden, down, sizes, rhs_scale=down_scale, preferred_element_type=jnp.float32, **how
+    )  # fmt: skip
+    weighted = answers[jnp.argsort(order)].reshape(*indices.shape, -1) * weights[..., None]
+    return weighted.sum(1).astype(x.dtype)
 
-    def product(lhs, rhs):
-        return reference.forward(lhs, rhs, None, sizes, 0, layer, transpose_rhs=transpose_rhs, dtype=jnp.float32)
 
-    rows = x[order // top_k]
-    hidden = jax.nn.silu(product(rows, gate)) * product(rows, up)
-    out = product(hidden.astype(x.dtype), down)
-    weighted = out * weights.reshape(-1)[order][:, None]
-    return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted).astype(x.dtype)
+def local_experts(indices: jax.Array, offset: jax.Array, num_experts: int) -> jax.Array:
+    """Which of the given experts each is, `num_experts` for those of other shards."""
+    local = indices - offset
+    return jnp.where((local >= 0) & (local < num_experts), local, num_experts)

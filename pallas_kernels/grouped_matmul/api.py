@@ -16,11 +16,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
+from pallas_kernels.grouped_matmul.tiling import Tiling
 
-_FORWARD = {"reference": reference.forward, "cpu": cpu.forward}
-_RHS_GRADIENT = {"reference": reference.rhs_gradient, "cpu": cpu.rhs_gradient}
+_FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_RHS_GRADIENT = {
+    "reference": reference.rhs_gradient,
+    "cpu": cpu.rhs_gradient,
+    "tpu": tpu.rhs_gradient,
+    "gpu": gpu.rhs_gradient,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,8 @@ class _Options:
     transpose_rhs: bool
     dtype: Any
     implementation: Implementation
+    chip: str | None
+    tiling: Tiling | None
 
 
 def grouped_matmul(
@@ -43,6 +51,8 @@ def grouped_matmul(
     layer: Int[Array, ""] | int | None = None,
     preferred_element_type: Any = None,
     implementation: Implementation = None,
+    chip: str | None = None,
+    tiling: Tiling | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies the first `group_sizes[0]` rows by `rhs[0]`, the next `group_sizes[1]` by `rhs[1]`, and so on.
 
@@ -61,6 +71,8 @@ def grouped_matmul(
       layer: which layer's matrices of `rhs` to use; the stack is never sliced outside the op.
       preferred_element_type: of the result; by default that of `lhs`.
       implementation: None (by platform), "reference", "tpu", "gpu" or "cpu", or several in order of preference.
+      chip: the TPU to tile for, a name of `pallas_kernels.chip.CHIPS`; by default that of the mesh in force.
+      tiling: of the TPU's kernel, instead of what its model of VMEM chooses (the backward pass keeps to the model).
     """
     contracted, columns = rhs.shape[-2:][::-1] if transpose_rhs else rhs.shape[-2:]
     if lhs.ndim != 2 or rhs.ndim != 3 + (layer is not None) or lhs.shape[1] != contracted:
@@ -73,7 +85,8 @@ def grouped_matmul(
     sizes, first_row = local_groups(group_sizes, group_offset, rhs.shape[-3])
     if rhs_scale is not None:
         rhs, rhs_scale = frozen(rhs), frozen(rhs_scale)
-    options = _Options(transpose_rhs, jnp.dtype(preferred_element_type or lhs.dtype), implementation)
+    dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+    options = _Options(transpose_rhs, dtype, implementation, chip, tiling)
     return _grouped_matmul(options, lhs, rhs, rhs_scale, sizes, first_row, jnp.int32(0 if layer is None else layer))
 
 
@@ -96,15 +109,20 @@ def _each(implementations: Mapping[str, Callable[..., Any]], implementation: Imp
     return jax.custom_batching.sequential_vmap(lambda *args: dispatch(implementations, implementation, *args))(*args)
 
 
-def _bind(implementations: Mapping[str, Callable[..., Any]], **static: Any) -> dict[str, Callable[..., Any]]:
-    return {name: functools.partial(function, **static) for name, function in implementations.items()}
+def bind(
+    implementations: Mapping[str, Callable[..., Any]], tpu_options: Mapping[str, Any], **static: Any
+) -> dict[str, Callable[..., Any]]:
+    """The implementations with what is static of a call; `tpu_options` for the TPU's alone."""
+    own = {name: dict(tpu_options) if name == "tpu" else {} for name in implementations}
+    return {name: functools.partial(function, **static, **own[name]) for name, function in implementations.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(options, lhs, rhs, scale, group_sizes, first_row, layer):
     # made a stack of layers here: the matrices that wait for the backward pass are those given, never a copy
     stack = lambda x: None if x is None else x.reshape(-1, *x.shape[-3:])  # noqa: E731
-    bound = _bind(_FORWARD, transpose_rhs=options.transpose_rhs, dtype=options.dtype)
+    tpu_options = {"chip": options.chip, "tiling": options.tiling}
+    bound = bind(_FORWARD, tpu_options, transpose_rhs=options.transpose_rhs, dtype=options.dtype)
     return _each(bound, options.implementation, lhs, stack(rhs), stack(scale), group_sizes, first_row, layer)
 
 
@@ -114,13 +132,13 @@ def _fwd(options, *args):
 
 def _bwd(options, residuals, dout):
     lhs, rhs, scale, group_sizes, first_row, layer = residuals
-    backward = dataclasses.replace(options, transpose_rhs=not options.transpose_rhs, dtype=lhs.dtype)
+    backward = dataclasses.replace(options, transpose_rhs=not options.transpose_rhs, dtype=lhs.dtype, tiling=None)
     turned = None if scale is None else jnp.swapaxes(scale, -1, -2)
     dlhs = _grouped_matmul(backward, dout, rhs, turned, group_sizes, first_row, layer)
     no_gradient = lambda x: np.zeros(x.shape, jax.dtypes.float0)  # noqa: E731
     drhs = None
     if not is_quantised(rhs.dtype):
-        how = {"transpose_rhs": options.transpose_rhs, "implementation": options.implementation}
+        how = {name: getattr(options, name) for name in ("transpose_rhs", "implementation", "chip")}
         drhs = rhs_gradient(lhs, dout, rhs, group_sizes, first_row, layer, **how)
     return dlhs, drhs, None, no_gradient(group_sizes), no_gradient(first_row), no_gradient(layer)
 
@@ -138,9 +156,10 @@ def rhs_gradient(
     *,
     transpose_rhs: bool,
     implementation: Implementation,
+    chip: str | None,
 ) -> Float[Array, "*L E K N"]:
     """The gradient of `rhs`, of its shape and dtype: zero for groups without rows and for other layers."""
-    bound = _bind(_RHS_GRADIENT, transpose_rhs=transpose_rhs, dtype=rhs.dtype)
+    bound = bind(_RHS_GRADIENT, {"chip": chip}, transpose_rhs=transpose_rhs, dtype=rhs.dtype)
     drhs = _each(bound, implementation, lhs, dout, group_sizes, first_row)
     if rhs.ndim == 3:
         return drhs

@@ -18,11 +18,17 @@ from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.grouped_matmul import cpu
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
-from pallas_kernels.grouped_swiglu import reference
+from pallas_kernels.grouped_matmul.tiling import Tiling
+from pallas_kernels.grouped_swiglu import reference, tpu
 
 _IMPLEMENTATIONS = {
     "reference": reference.with_matmul(reference.reference.forward),
     "cpu": reference.with_matmul(cpu.forward),
+    "tpu": {
+        "forward": tpu.forward,
+        "product_gradients": tpu.product_gradients,
+        "lhs_gradient": tpu.lhs_gradient,
+    },
 }
 
 
@@ -33,6 +39,8 @@ class _Options:
     transpose_rhs: bool
     keep_products: bool
     implementation: Implementation
+    chip: str | None
+    tiling: Tiling | None
 
 
 def grouped_swiglu(
@@ -48,6 +56,8 @@ def grouped_swiglu(
     layer: Int[Array, ""] | int | None = None,
     keep_products: bool = False,
     implementation: Implementation = None,
+    chip: str | None = None,
+    tiling: Tiling | None = None,
 ) -> Float[Array, "M F"]:
     """silu(lhs @ gate[e]) * (lhs @ up[e]) for each group e of rows; groups, options and zeros as in `grouped_matmul`.
 
@@ -57,7 +67,7 @@ def grouped_swiglu(
     Args:
       lhs: rows sorted by group.
       gate, up: one matrix per group, [E, K, F], or [E, F, K] with `transpose_rhs`; with `layer`, stacked over layers.
-      group_sizes, group_offset, layer, implementation: as in `grouped_matmul`.
+      group_sizes, group_offset, layer, implementation, chip, tiling: as in `grouped_matmul`.
       gate_scale, up_scale: of quantised weights, as `rhs_scale` in `grouped_matmul`.
       keep_products: when differentiated, keep both products for the backward pass: a fifth less work, 2 M F to store.
     """
@@ -74,16 +84,15 @@ def grouped_swiglu(
     sizes, first_row = grouped_matmul.local_groups(group_sizes, group_offset, gate.shape[-3])
     if is_quantised(gate.dtype):
         weights, scales = jax.tree.map(frozen, (weights, scales))
-    options = _Options(transpose_rhs, keep_products, implementation)
+    options = _Options(transpose_rhs, keep_products, implementation, chip, tiling)
     return _grouped_swiglu(options, lhs, weights, scales, (sizes, first_row, jnp.int32(0 if layer is None else layer)))
 
 
 def _run(function: str, options: _Options, *args: Any, **static: Any) -> Any:
     """One of an implementation's functions; under `vmap` one example after another, as each has its own groups."""
-    bound = {
-        name: functools.partial(functions[function], transpose_rhs=options.transpose_rhs, **static)
-        for name, functions in _IMPLEMENTATIONS.items()
-    }
+    functions = {name: functions[function] for name, functions in _IMPLEMENTATIONS.items()}
+    tpu_options = {"chip": options.chip, "tiling": options.tiling if function == "forward" else None}
+    bound = grouped_matmul.bind(functions, tpu_options, transpose_rhs=options.transpose_rhs, **static)
     run = jax.custom_batching.sequential_vmap(lambda *args: dispatch(bound, options.implementation, *args))
     return run(*args)
 
@@ -114,12 +123,8 @@ def _bwd(options, residuals, dout):
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), groups)
     if is_quantised(weights[0].dtype):
         return dlhs, None, None, no_gradient
-    dweights = tuple(
-        grouped_matmul.rhs_gradient(
-            lhs, gradient, weight, *groups, transpose_rhs=options.transpose_rhs, implementation=options.implementation
-        )
-        for gradient, weight in zip(gradients, weights)
-    )
+    how = {name: getattr(options, name) for name in ("transpose_rhs", "implementation", "chip")}
+    dweights = tuple(grouped_matmul.rhs_gradient(lhs, g, w, *groups, **how) for g, w in zip(gradients, weights))
     return dlhs, dweights, None, no_gradient
 
 

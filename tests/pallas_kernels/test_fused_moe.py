@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import fused_moe
+from pallas_kernels.chip import named_chip
+from tests.pallas_kernels.support import IMPLEMENTATIONS, on, quantise
 from tests.support import quick_jit
 
-IMPLEMENTATIONS = ("reference", "cpu")
 D, F, E, L = 12, 7, 9, 3
 
 
@@ -43,7 +46,79 @@ def test_against_float64(tokens: int, spread: str, transpose: bool, implementati
     given = [jnp.asarray(np.swapaxes(s, 2, 3) if transpose else s, jnp.float32) for s in stacks]
     call = quick_jit(functools.partial(fused_moe, transpose_rhs=transpose, implementation=implementation))
     args = (jnp.asarray(x, jnp.float32), *given, jnp.asarray(indices), jnp.asarray(weights, jnp.float32))
-    np.testing.assert_allclose(call(*args, layer=jnp.int32(1)), expected, rtol=2e-5, atol=2e-5)
+    with on(implementation):
+        out = call(*args, layer=jnp.int32(1))
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("transpose", [False, True], ids=["in-out", "out-in"])
+@pytest.mark.parametrize("per", ["channel", "block"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_experts_of_one_shard(dtype: str, per: str, transpose: bool, implementation: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = (3, 256, 384), (3, 256, 384), (3, 384, 256)
+    quantised = [quantise(rng.normal(size=size), dtype, per) for size in sizes]
+    indices = np.stack([rng.permutation(6)[:2] for _ in range(19)]).astype(np.int32)
+    weights, x = rng.random((19, 2)), rng.normal(size=(19, 256))
+    inside = (indices >= 2) & (indices < 5)
+    expected = _expected(x, *(q[2] for q in quantised), np.where(inside, indices - 2, 0), weights * inside)
+    values = [jnp.swapaxes(q[0], 1, 2) if transpose else q[0] for q in quantised]
+    scales = dict(zip(("gate_scale", "up_scale", "down_scale"), (q[1] for q in quantised)))
+    call = quick_jit(functools.partial(fused_moe, transpose_rhs=transpose, implementation=implementation))
+    args = (jnp.asarray(x, jnp.float32), *values, jnp.asarray(indices), jnp.asarray(weights, jnp.float32))
+    with on(implementation):
+        out = call(*args, **scales, expert_offset=jnp.int32(2))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_are_those_of_the_sorted_form(implementation: str) -> None:
+    rng = np.random.default_rng(1)
+    indices = jnp.asarray(np.stack([rng.permutation(E)[:2] for _ in range(7)]), jnp.int32)
+    args = [
+        jnp.asarray(a, jnp.float32) for a in (rng.normal(size=(7, D)), *(w[0] for w in _weights()), rng.random((7, 2)))
+    ]
+
+    def loss(x, gate, up, down, weights, implementation):
+        out = fused_moe(x, gate, up, down, indices, weights, implementation=implementation)
+        return jnp.sum(jnp.sin(out))
+
+    def plain(x, gate, up, down, weights):
+        g, u = jnp.einsum("td,tkdf->tkf", x, gate[indices]), jnp.einsum("td,tkdf->tkf", x, up[indices])
+        return jnp.sum(jnp.sin(jnp.einsum("tkf,tkfd,tk->td", jax.nn.silu(g) * u, down[indices], weights)))
+
+    every = tuple(range(5))
+    with on(implementation):
+        found = quick_jit(jax.grad(functools.partial(loss, implementation=implementation), every))(*args)
+    for a, b in zip(found, quick_jit(jax.grad(plain, every))(*args)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_blocks_and_cores_of_the_tpu_kernel(tokens: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of every matrix, one of them past its end, and experts dealt to two cores, some with none."""
+    from pallas_kernels.fused_moe import tpu
+    from pallas_kernels.fused_moe.tiling import Tiling
+
+    two = dataclasses.replace(named_chip("v5p"), cores=cores)
+    monkeypatch.setattr(tpu, "tpu_to_tile_for", lambda _: two)
+    monkeypatch.setattr(tpu, "tile", lambda shape, chip: Tiling(min(16, shape.padded), 128, 128))
+    rng = np.random.default_rng(tokens)
+    gate, up, down = rng.normal(size=(5, 256, 176)), rng.normal(size=(5, 256, 176)), rng.normal(size=(5, 176, 256))
+    indices = np.stack([rng.permutation(5)[:1] for _ in range(tokens)]).astype(np.int32)
+    weights, x = rng.random((tokens, 1)), rng.normal(size=(tokens, 256))
+    args = (jnp.asarray(a, jnp.float32) for a in (x, gate, up, down))
+    with on("tpu"):
+        out = quick_jit(functools.partial(fused_moe, implementation="tpu"))(
+            *args, jnp.asarray(indices), jnp.asarray(weights, jnp.float32)
+        )
+    expected = _expected(x, gate, up, down, indices, weights)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tokens", [1, 6])

@@ -1,0 +1,224 @@
+"""The TPU kernel that multiplies rows by their groups' matrices: the frame of the grouped kernels.
+
+One visit brings a tile of rows and the matrix of one group together. The matrix's block changes only with the group, so
+it is fetched once for all rows of the group, whatever the tiles; of the tile only steps that hold rows of the group are
+multiplied. What becomes of the products, in float32 and before anything is written, is the caller's `combine`.
+
+Axes: M rows, K contracted, N columns, E groups, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chip import Chip
+from pallas_kernels.grouped_matmul import tiling as tilings
+from pallas_kernels.grouped_matmul import tpu_scale, work
+from pallas_kernels.mosaic import kernel_output, tpu_params, varying_alike
+
+Products = Sequence[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowKernel:
+    """What a kernel does with the products of a step of rows.
+
+    Attributes:
+      name: of the kernel, in profiles.
+      pairs: which lhs meets which matrix.
+      combine: from the products and the tiles beside, all [step, columns] in float32, to the results.
+      out_dtypes: of the results.
+    """
+
+    name: str
+    pairs: tuple[tuple[int, int], ...]
+    combine: Callable[[Products, Products], Products]
+    out_dtypes: tuple[Any, ...]
+
+
+def run(
+    kernel: RowKernel,
+    lhs: Sequence[jax.Array],
+    rhs: Sequence[jax.Array],
+    scales: Sequence[jax.Array | None],
+    beside: Sequence[jax.Array],
+    groups: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    transpose_rhs: bool,
+    chip: Chip,
+    tiling: tilings.Tiling | None = None,
+) -> tuple[jax.Array, ...]:
+    """`kernel` over lhs [M, K] each, rhs [L, E, K, N] (or [L, E, N, K]), beside [M, N]; results [M, N].
+
+    `groups`: sizes [E], first row, layer. Rows of no group come out zero.
+    """
+    num_rows, contracted = lhs[0].shape
+    num_groups, columns = rhs[0].shape[1], rhs[0].shape[2 if transpose_rhs else 3]
+    if 0 in (num_rows, contracted, columns, num_groups):
+        return tuple(jnp.zeros((num_rows, columns), dtype) for dtype in kernel.out_dtypes)
+    operands = len(lhs), len(rhs), len(beside), len(kernel.out_dtypes)
+    widest = max(kernel.out_dtypes, key=lambda d: jnp.dtype(d).itemsize)
+    shape = tilings.Shape(
+        num_rows, contracted, columns, num_groups, operands, (lhs[0].dtype, rhs[0].dtype, widest)
+    )  # fmt: skip
+    tiling = tiling or tilings.tile_rows(shape, chip)
+    sizes, first_row, layer = groups
+    visits = work.over_all_rows(sizes, first_row, num_rows, tiling.rows)
+    kinds, scales = tpu_scale.lay_out(scales, rhs, transpose_rhs=transpose_rhs)
+    given = [x for x in scales if x is not None]
+    scalars = (*visits, layer[None])
+    inputs = varying_alike(*scalars, *lhs, *rhs, *given, *beside)
+    frame = _Frame(
+        kernel, tiling, operands, tuple(kinds), transpose_rhs, -(-contracted // tiling.contracted), num_groups
+    )
+    grid = (-(-columns // tiling.columns), inputs[len(visits) - 1][0], frame.steps_contracted)
+    return pl.pallas_call(
+        functools.partial(_kernel, frame),
+        out_shape=[kernel_output((num_rows, columns), dtype, inputs[0]) for dtype in kernel.out_dtypes],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=_in_specs(frame, given),
+            out_specs=[_columns_spec(frame)] * len(kernel.out_dtypes),
+            scratch_shapes=_scratch(frame, lhs[0].dtype),
+        ),
+        compiler_params=tpu_params(chip, "parallel", "arbitrary", "arbitrary"),
+        name=kernel.name,
+    )(*inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """All that is static of one call."""
+
+    kernel: RowKernel
+    tiling: tilings.Tiling
+    operands: tuple[int, int, int, int]
+    scale_kinds: tuple[str | None, ...]
+    transpose_rhs: bool
+    steps_contracted: int
+    num_groups: int
+
+    @property
+    def matrix_block(self) -> tuple[int, int]:
+        block = self.tiling.contracted, self.tiling.columns
+        return block[::-1] if self.transpose_rhs else block
+
+
+def _columns_spec(frame: _Frame) -> pl.BlockSpec:
+    return pl.BlockSpec((frame.tiling.rows, frame.tiling.columns), lambda n, i, k, *s: (work.Work(*s[:5]).tile[i], n))
+
+
+def _in_specs(frame: _Frame, scales: Sequence[jax.Array]) -> list[pl.BlockSpec]:
+    num_lhs, num_rhs, num_beside, _ = frame.operands
+
+    def matrix_index(n, i, k, *scalars):
+        place = (n, k) if frame.transpose_rhs else (k, n)
+        return scalars[5][0], work.Work(*scalars[:5]).matrix[i], *place
+
+    rows = pl.BlockSpec(
+        (frame.tiling.rows, frame.tiling.contracted), lambda n, i, k, *s: (work.Work(*s[:5]).tile[i], k)
+    )
+    matrix = pl.BlockSpec((None, None, *frame.matrix_block), matrix_index)
+    kinds = [kind for kind in frame.scale_kinds if kind is not None]
+    factors = [tpu_scale.block_spec(kind, scale, frame.tiling) for kind, scale in zip(kinds, scales)]
+    return [rows] * num_lhs + [matrix] * num_rhs + factors + [_columns_spec(frame)] * num_beside
+
+
+def _scratch(frame: _Frame, dtype: Any) -> list[Any]:
+    """Sums over the steps of the contracted axis where there are several, and the dequantised matrices."""
+    tiling = frame.tiling
+    sums = [pltpu.VMEM((len(frame.kernel.pairs), tiling.rows, tiling.columns), jnp.float32)]
+    dense = [pltpu.VMEM(frame.matrix_block, dtype) for kind in frame.scale_kinds if kind is not None]
+    return sums * (frame.steps_contracted > 1) + dense
+
+
+def _kernel(frame: _Frame, region, tile, matrix, bounds, count, layer, *refs):
+    num_lhs, num_rhs, num_beside, num_out = frame.operands
+    num_scales = sum(kind is not None for kind in frame.scale_kinds)
+    lhs, rhs, factors, beside, out, scratch = _split(refs, num_lhs, num_rhs, num_scales, num_beside, num_out)
+    i, k = pl.program_id(1), pl.program_id(2)
+    mine = region[i]
+    start = tile[i] * frame.tiling.rows
+    low, high = bounds[mine] - start, bounds[mine + 1] - start
+    sums = scratch[0] if frame.steps_contracted > 1 else None
+    factors = tpu_scale.by_matrix(frame.scale_kinds, factors)
+    if num_scales:
+        is_new = (i == 0) | (matrix[i] != matrix[jnp.maximum(i - 1, 0)]) | (frame.steps_contracted > 1)
+        dense = tpu_scale.by_matrix(frame.scale_kinds, scratch[len(scratch) - num_scales :])
+        pl.when(is_new)(lambda: _dequantise(frame, dense, rhs, factors))
+        rhs = [given if made is None else made for given, made in zip(rhs, dense)]
+    scaling = tpu_scale.Scaling(frame.scale_kinds, factors)
+
+    def multiply(at, inside):
+        products = [_product(lhs[a], rhs[b], at, frame, scaling, b) for a, b in frame.kernel.pairs]
+        if sums is None:
+            _store(frame, products, beside, out, at, inside)
+            return
+        for p, product in enumerate(products):
+            sums[p, at, :] = jnp.where(k == 0, 0.0, sums[p, at, :]) + product
+
+        @pl.when(k == frame.steps_contracted - 1)
+        def _():
+            _store(frame, [sums[p, at, :] for p in range(len(products))], beside, out, at, inside)
+
+    def clear(at, inside):
+        for o in out:
+            o[at, :] = jnp.where(inside, 0, o[at, :].astype(jnp.float32)).astype(o.dtype)
+
+    in_a_group = (mine > 0) & (mine <= frame.num_groups)
+    pl.when(in_a_group)(lambda: _for_steps(frame.tiling, low, high, multiply))
+    pl.when(jnp.logical_not(in_a_group))(lambda: _for_steps(frame.tiling, low, high, clear))
+
+
+def _dequantise(frame: _Frame, dense, rhs, factors) -> None:
+    place = pl.program_id(2) * frame.tiling.contracted, pl.program_id(0) * frame.tiling.columns
+    for out, quantised, factor, kind in zip(dense, rhs, factors, frame.scale_kinds):
+        if kind is not None:
+            tpu_scale.fill(out, quantised, factor, kind, *(place[::-1] if frame.transpose_rhs else place))
+
+
+def _for_steps(tiling: tilings.Tiling, low: jax.Array, high: jax.Array, do: Callable[[Any, jax.Array], None]) -> None:
+    """Calls `do` for every step that holds some of the tile's rows low..high, and with which of its rows those are."""
+
+    def step(s, _):
+        row = jax.lax.broadcasted_iota(jnp.int32, (tiling.step, 1), 0) + s * tiling.step
+        do(pl.ds(pl.multiple_of(s * tiling.step, tiling.step), tiling.step), (row >= low) & (row < high))
+
+    first = jnp.maximum(low, 0) // tiling.step
+    last = (jnp.minimum(high, tiling.rows) + tiling.step - 1) // tiling.step
+    jax.lax.fori_loop(first, last, step, None)
+
+
+def _product(lhs, rhs, at, frame: _Frame, scaling: tpu_scale.Scaling, which: int) -> jax.Array:
+    rows = scaling.of_rows(which, lhs[at, :])
+    product = jax.lax.dot_general(
+        rows,
+        rhs[...],
+        (((1,), (1 if frame.transpose_rhs else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return scaling.of_columns(which, product)
+
+
+def _store(frame: _Frame, products: Products, beside, out, at, inside) -> None:
+    results = frame.kernel.combine(products, [x[at, :].astype(jnp.float32) for x in beside])
+    for o, result in zip(out, results):
+        o[at, :] = jnp.where(inside, result, o[at, :].astype(jnp.float32)).astype(o.dtype)
+
+
+def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+    parts, at = [], 0
+    for count in counts:
+        parts.append(refs[at : at + count])
+        at += count
+    return [*parts, refs[at:]]
