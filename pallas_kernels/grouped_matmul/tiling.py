@@ -118,12 +118,13 @@ def tile_gradient(rows: int, contracted: int, columns: int, dtypes: tuple[Any, A
     pack = 8 * (4 // jnp.dtype(dtypes[0]).itemsize)
     step = min(2 * chip.matrix_unit, -(-rows // pack) * pack)
     best: tuple[int, GradientTiling] | None = None
-    for k in _cuts(contracted, chip.cores):
-        for n in _cuts(columns, 1):
-            tiling = GradientTiling(max(step, _LARGEST_ROW_TILE // step * step), k, n, step)
-            moved = contracted * -(-columns // n) + columns * -(-contracted // k)
-            if fits(gradient_bytes(tiling, dtypes), chip) and (best is None or moved < best[0]):
-                best = moved, tiling
+    for block_rows in _row_tiles(rows, step):
+        for k in _cuts(contracted, chip.cores):
+            for n in _cuts(columns, 1):
+                tiling = GradientTiling(block_rows, k, n, step)
+                moved = contracted * -(-columns // n) + columns * -(-contracted // k)
+                if fits(gradient_bytes(tiling, dtypes), chip) and (best is None or moved < best[0]):
+                    best = moved, tiling
     if best is None:
         raise ValueError(
             f"grouped matmul: no tiles of the gradient [{contracted}, {columns}] fit the VMEM of {chip.name}"
