@@ -91,9 +91,18 @@ def _call(p: tilings.Problem, tiling: tilings.Tiling, chip: chips.Chip, scalars,
         out_shape=[mosaic.kernel_output(x.shape, x.dtype, q) for x in (q, pages)],
         input_output_aliases={len(operands) - 1: 1},
         compiler_params=mosaic.tpu_params(chip, "parallel"),
+        cost_estimate=_most(p, q, pages),
         name="paged_attention",
     )
     return call(*operands)
+
+
+def _most(p: tilings.Problem, q: jax.Array, pages: jax.Array) -> pl.CostEstimate:
+    """An upper bound for XLA's scheduler, which cannot know the lengths: every page of the layer is in use."""
+    tokens, kv = q.shape[0], pages.size // pages.shape[0]
+    scores = tokens * p.num_heads * min(p.pages_per_row, pages.shape[1]) * p.page_size
+    moved = 2 * q.size * q.dtype.itemsize + kv * pages.dtype.itemsize
+    return pl.CostEstimate(flops=4 * scores * p.head_dim, transcendentals=scores, bytes_accessed=moved)
 
 
 def _scratch(p: tilings.Problem, tiling: tilings.Tiling) -> Scratch:
