@@ -19,7 +19,7 @@ from glm45_jax.config import ModelConfig
 from glm45_jax.model.decoder import Rows, head_weight, hidden_states, mtp_head_weight, mtp_hidden, rows_of
 from glm45_jax.model.moe import Routing
 from glm45_jax.model.params import Params
-from glm45_jax.train.cross_entropy import weighted_cross_entropy
+from pallas_kernels import weighted_linear_cross_entropy
 
 Batch = Mapping[str, Array]
 
@@ -71,7 +71,7 @@ def loss_fn(
 
     hidden, _, summary = hidden_states(params, config, tokens, rows, summarize=summarize)
     weights = _target_weights(batch, rows, ahead=1) / totals.tokens
-    cross_entropy = _cross_entropy(hidden[:, :-1], head_weight(params, config), tokens[:, 1:], weights)
+    cross_entropy = _cross_entropy(config, hidden[:, :-1], head_weight(params, config), tokens[:, 1:], weights)
     metrics: dict[str, Any] = {"cross_entropy": cross_entropy, "tokens": totals.tokens}
     loads, balances = ([], []) if summary is None else ([summary[0]], [summary[1].sum()])
     loss = cross_entropy
@@ -81,7 +81,7 @@ def loss_fn(
         loads.append(load[None])
         balances.append(balance)
         weights = _target_weights(batch, rows, ahead=2) / totals.mtp_tokens
-        mtp = _cross_entropy(out[:, :-1], mtp_head_weight(params, config), tokens[:, 2:], weights)
+        mtp = _cross_entropy(config, out[:, :-1], mtp_head_weight(params, config), tokens[:, 2:], weights)
         metrics["mtp_cross_entropy"] = mtp
         loss += mtp_weight * mtp
     if loads:
@@ -106,8 +106,11 @@ def _target_weights(batch: Batch, rows: Rows, ahead: int) -> Float[Array, "B S-a
     return same.astype(jnp.float32)
 
 
-def _cross_entropy(hidden, head, targets, weights):
-    return weighted_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1))
+def _cross_entropy(config, hidden, head, targets, weights):
+    hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    return weighted_linear_cross_entropy(
+        hidden, head, targets, weights, transpose_head=True, implementation=config.implementation
+    )
 
 
 def expert_load(routing: Routing, valid: Array) -> Int[Array, " E"]:

@@ -21,8 +21,8 @@ from pallas_kernels.mosaic import VMEM_SHARE
 
 _LANES = 128
 _TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128)
-_LOGITS = 1 << 19
-_MOST_COLUMNS = 1024
+_COLUMNS = (1024, 768, 512, 384, 256, 128)
+_LOGITS = 1 << 19  # of a block; larger ones compile slowly
 # Blocks of float32 that the compiler keeps beside the product: the logits, their exponentials, what is summed.
 _LOGITS_COPIES = 3
 
@@ -48,9 +48,10 @@ def choose(chip: Chip, tokens: int, width: int, vocabulary: int, hidden_dtype: A
     logits = _LOGITS if jnp.dtype(hidden_dtype).itemsize == 2 else _LOGITS // 4
     for rows in _TOKENS:
         rows = _even(tokens, rows, chip.cores)
-        for columns in (logits // rows // _LANES * _LANES, 256, 128):
-            tiling = Tiling(rows, max(_LANES, min(columns, _MOST_COLUMNS, _lanes(vocabulary))))
-            if vmem_bytes(tiling, width, hidden_dtype, head_dtype) <= most:
+        for columns in _COLUMNS:
+            tiling = Tiling(rows, min(columns, _lanes(vocabulary)))
+            fits = vmem_bytes(tiling, width, hidden_dtype, head_dtype) <= most
+            if fits and tiling.tokens * tiling.vocabulary <= logits:
                 return tiling
     raise NotImplementedError(f"rows of {width} are too wide for the VMEM of {chip.name}")
 
