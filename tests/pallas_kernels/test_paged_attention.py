@@ -154,8 +154,10 @@ def test_types_of_pages_and_a_layer_of_a_stack(page_dtype: str, implementation: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("heads", ["one group", "no group"])
-@pytest.mark.parametrize("dtype, page_dtype", [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    "heads, dtype, page_dtype",
+    [("one group", "bfloat16", "bfloat16"), ("no group", "bfloat16", "int8"), ("one group", "float32", "float32")],
+)
 def test_heads(heads: str, dtype: str, page_dtype: str, implementation: str) -> None:
     tolerance = 1.5e-2 if dtype == "bfloat16" else 3e-6
     _verify(Case(MIXTURES["mixture"], heads, dtype, page_dtype), implementation, tolerance)

@@ -123,6 +123,19 @@ def test_two_cores_share_the_rows(mixture: str, capfd) -> None:
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mixture", ["mixture", "one long prompt", "a chunk that fills the last page"])
+def test_copies_that_happen_when_they_start(mixture: str, capfd) -> None:
+    """As late as they are waited for they happen in the other tests: what is fetched too early shows only here."""
+    case = Case(MIXTURES[mixture])
+    args, _ = case.arguments()
+    call = functools.partial(paged_attention, implementation="tpu", tiling=Tiling(16, (8,)))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")):
+        out = jax.block_until_ready(quick_jit(call)(*args))
+    case.check(*out, 3e-6)
+    assert "RACE" not in capfd.readouterr().out
+
+
 def test_cores_get_whole_rows_and_equal_shares() -> None:
     cut = quick_jit(lambda s, n: (i := rows.cut(s, n, 64, 8), tpu._bounds(i, 16, 2)))
     for tokens, lengths in (
