@@ -21,7 +21,9 @@ from pallas_kernels.flash_attention.tpu_common import (
     LOG2_E,
     Work,
     bounds,
+    each,
     in_turn,
+    key_rows,
     over_keys,
     pad,
     plan,
@@ -80,59 +82,68 @@ def _call(work: Work, ranges, q_offset, q, *rest):
 
 def _kernel(ranges_ref, q_offset_ref, q_ref, k_ref, v_ref, *refs, work: Work):
     *ids_refs, out_ref, lse_ref, largest_ref, total_ref, sum_ref = refs
+    state = largest_ref, total_ref, sum_ref
     block, resident = pl.program_id(2), pl.program_id(3)
+
+    def clear(head):
+        largest_ref[head] = jnp.full(largest_ref.shape[1:], SEES_NOTHING, jnp.float32)
+        total_ref[head] = jnp.zeros(total_ref.shape[1:], jnp.float32)
+        sum_ref[head] = jnp.zeros(sum_ref.shape[1:], jnp.float32)
 
     @pl.when(resident == 0)
     def _():
-        largest_ref[...] = jnp.full_like(largest_ref, SEES_NOTHING)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-
-    def step(kv_block, masked):
-        keys = pl.ds(
-            pl.multiple_of((kv_block - start) * work.tiling.block_kv, work.tiling.block_kv), work.tiling.block_kv
-        )
-        k, v = k_ref[0, 0, keys, :], v_ref[0, 0, keys, :]
-
-        def scores(head, row):
-            return (dot(q_ref[0, 0, head, pl.ds(row, work.tiling.rows), :], k, 1, 1),)
-
-        def softmax(head, row, scores):
-            rows = pl.ds(row, work.tiling.rows)
-            scores *= work.log2_scale
-            if masked:
-                ids = [ids_refs[0][0, :, rows], ids_refs[1][0, :, keys]] if ids_refs else [None, None]
-                places = (block * work.tiling.block_q + row, kv_block * work.tiling.block_kv, q_offset_ref[0])
-                scores = jnp.where(visible(*places, work, *ids, scores.shape, q_axis=0), scores, -jnp.inf)
-            before = largest_ref[head, rows]
-            largest = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
-            weights = jnp.exp2(scores - widen(largest, work.tiling.block_kv))
-            decay = jnp.exp2(before - largest)
-            largest_ref[head, rows] = largest
-            # each lane sums its own keys; the lanes are added up at the very end
-            by_lane = sum(weights[:, i : i + LANES] for i in range(0, work.tiling.block_kv, LANES))
-            total_ref[head, rows] = total_ref[head, rows] * decay + by_lane
-            return weights.astype(v.dtype), decay
-
-        def weigh(head, row, weights, decay):
-            rows = pl.ds(row, work.tiling.rows)
-            sum_ref[head, rows] = sum_ref[head, rows] * widen(decay, work.head_dim) + dot(weights, v, 1, 0)
-
-        in_turn(work.units, scores, softmax, weigh)
+        each(work.groups, clear)
 
     start = resident * work.blocks_in_resident
-    own = [
-        jnp.clip(x, start, start + work.blocks_in_resident) for x in bounds(ranges_ref, pl.program_id(0), block, work)
-    ]
-    over_keys(*own, step)
+    clip = lambda x: jnp.clip(x, start, start + work.blocks_in_resident)  # noqa: E731
+    step = functools.partial(_step, (q_ref, k_ref, v_ref, ids_refs), state, block, start, q_offset_ref[0], work)
+    over_keys(*map(clip, bounds(ranges_ref, pl.program_id(0), block, work)), step)
 
     @pl.when(resident == work.residents - 1)
     def _():
-        for head, row in work.units:
-            rows = pl.ds(row, work.tiling.rows)
-            total = total_ref[head, rows].sum(axis=-1, keepdims=True)
-            some = jnp.where(total > 0, total, 1)
-            out_ref[0, 0, head, rows] = (sum_ref[head, rows] / some).astype(out_ref.dtype)
-            # a row that sees nothing has SEES_NOTHING for its largest score
-            lse = jnp.where(total > 0, (largest_ref[head, rows] + jnp.log2(some)) / LOG2_E, SEES_NOTHING)
-            lse_ref[0, 0, pl.ds(head, 1), rows] = lse.T[:1]
+        each(work.groups, functools.partial(_finish, state, out_ref, lse_ref))
+
+
+def _step(inputs, state, block, start, q_offset, work: Work, kv_block, masked: bool) -> None:
+    """A block of queries meets a block of keys; `start` is the first block of keys in VMEM."""
+    q_ref, k_ref, v_ref, ids_refs = inputs
+    largest_ref, total_ref, sum_ref = state
+    t = work.tiling
+    keys = key_rows(kv_block - start, work)
+    k, v = k_ref[0, 0, keys, :], v_ref[0, 0, keys, :]
+
+    def score(head, row):
+        return (dot(q_ref[0, 0, head, pl.ds(row, t.rows), :], k, 1, 1),)
+
+    def softmax(head, row, scores):
+        rows = pl.ds(row, t.rows)
+        scores *= work.log2_scale
+        if masked:
+            ids = [ids_refs[0][0, :, rows], ids_refs[1][0, :, keys]] if ids_refs else [None, None]
+            places = (block * t.block_q + row, kv_block * t.block_kv, q_offset)
+            scores = jnp.where(visible(*places, work, *ids, scores.shape, q_axis=0), scores, -jnp.inf)
+        before = largest_ref[head, rows]
+        largest = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp2(scores - widen(largest, t.block_kv))
+        decay = jnp.exp2(before - largest)
+        largest_ref[head, rows] = largest
+        # each lane sums its own keys; the lanes are added up at the very end
+        by_lane = sum(weights[:, i : i + LANES] for i in range(0, t.block_kv, LANES))
+        total_ref[head, rows] = total_ref[head, rows] * decay + by_lane
+        return weights.astype(v.dtype), decay
+
+    def weigh(head, row, weights, decay):
+        rows = pl.ds(row, t.rows)
+        sum_ref[head, rows] = sum_ref[head, rows] * widen(decay, work.head_dim) + dot(weights, v, 1, 0)
+
+    in_turn(work.units, score, softmax, weigh)
+
+
+def _finish(state, out_ref, lse_ref, head) -> None:
+    """A row that sees nothing has SEES_NOTHING for its largest score, and sums of zero."""
+    largest_ref, total_ref, sum_ref = state
+    total = total_ref[head].sum(axis=-1, keepdims=True)
+    some = jnp.where(total > 0, total, 1)
+    out_ref[0, 0, head] = (sum_ref[head] / some).astype(out_ref.dtype)
+    lse = jnp.where(total > 0, (largest_ref[head] + jnp.log2(some)) / LOG2_E, SEES_NOTHING)
+    lse_ref[0, 0, pl.ds(head, 1), :] = lse.T[:1]

@@ -23,7 +23,9 @@ from pallas_kernels.flash_attention.tpu_common import (
     LOG2_E,
     Work,
     bounds,
+    each,
     in_turn,
+    key_rows,
     over_keys,
     pad,
     plan,
@@ -122,26 +124,39 @@ def _kernel(ranges_ref, meeting_ref, place_ref, q_ref, dout_ref, lse_ref, delta_
     batch, block = pl.program_id(0), pl.program_id(2)
     row = batch if work.segmented else 0
 
+    def clear_keys(part):
+        dk_sum_ref[key_rows(part, work), :] = jnp.zeros((work.tiling.block_kv, work.head_dim), jnp.float32)
+        dv_sum_ref[key_rows(part, work), :] = jnp.zeros((work.tiling.block_kv, work.head_dim), jnp.float32)
+
+    def clear_queries(head):
+        dq_sum_ref[head] = jnp.zeros(dq_sum_ref.shape[1:], jnp.float32)
+
+    def finish_queries(head):
+        dq = dq_sum_ref[head] * work.problem.scale
+        dq_ref[0, 0, head] = (dq + before_ref[0, 0, head] if adds else dq).astype(dq_ref.dtype)
+
+    def finish_keys(part):
+        rows = key_rows(part, work)
+        dk_ref[0, 0, rows, :] = (dk_sum_ref[rows, :] * work.problem.scale).astype(dk_ref.dtype)
+        dv_ref[0, 0, rows, :] = dv_sum_ref[rows, :].astype(dv_ref.dtype)
+
     @pl.when(block == 0)
     def _():
-        dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
-        dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+        each(work.blocks_in_resident, clear_keys)
 
     @pl.when((meeting_ref[2 * row] <= block) & (block <= meeting_ref[2 * row + 1]))
     def _():
-        dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
+        each(work.groups, clear_queries)
         step = functools.partial(
             _step, (q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, refs), (dq_sum_ref, dk_sum_ref, dv_sum_ref),
             block, place_ref, work,
         )  # fmt: skip
         over_keys(*bounds(ranges_ref, batch, block, work), step)
-        dq = dq_sum_ref[...] * work.problem.scale
-        dq_ref[0, 0] = (dq + before_ref[0, 0] if adds else dq).astype(dq_ref.dtype)
+        each(work.groups, finish_queries)
 
     @pl.when(block == work.query_blocks - 1)
     def _():
-        dk_ref[0, 0] = (dk_sum_ref[...] * work.problem.scale).astype(dk_ref.dtype)
-        dv_ref[0, 0] = dv_sum_ref[...].astype(dv_ref.dtype)
+        each(work.blocks_in_resident, finish_keys)
 
 
 def _step(inputs, sums, block, place_ref, work: Work, kv_block, masked: bool) -> None:
@@ -149,8 +164,7 @@ def _step(inputs, sums, block, place_ref, work: Work, kv_block, masked: bool) ->
     q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref, ids_refs = inputs
     dq_sum_ref, dk_sum_ref, dv_sum_ref = sums
     t = work.tiling
-    own_block = kv_block - place_ref[1] * work.blocks_in_resident
-    keys = pl.ds(pl.multiple_of(own_block * t.block_kv, t.block_kv), t.block_kv)
+    keys = key_rows(kv_block - place_ref[1] * work.blocks_in_resident, work)
     k, v = k_ref[0, 0, keys, :], v_ref[0, 0, keys, :]
 
     def products(head, row):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.chip import Chip, tpu_to_tile_for
 from pallas_kernels.flash_attention import tiling as tiles
@@ -127,6 +128,16 @@ def over_keys(first, full_first, full_end, end, step: Callable[[Any, bool], None
 
     jax.lax.fori_loop(full_first, full_end, lambda block, _: step(block, False), None)
     jax.lax.fori_loop(0, before + end - full_end, masked, None)
+
+
+def each(count: int, do: Callable[[Any], None]) -> None:
+    """`do(i)` for i below `count`: a loop of the kernel, so that what is not worth unrolling stays short."""
+    jax.lax.fori_loop(0, count, lambda i, _: do(i), None)
+
+
+def key_rows(block, work: Work) -> Any:
+    """The rows of a block of keys among those in VMEM."""
+    return pl.ds(pl.multiple_of(block * work.tiling.block_kv, work.tiling.block_kv), work.tiling.block_kv)
 
 
 def in_turn(units: list[Any], *stages: Callable[..., tuple[Any, ...]]) -> None:

@@ -184,7 +184,6 @@ def test_random_shapes(implementation: str, examples: int) -> None:
     run()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["unrolled", "a loop"])
 def test_chunks_on_cpu(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks divide neither the length nor the segments."""
