@@ -37,6 +37,8 @@ from tests.pallas_kernels.aot_cases import EVERY_SHAPE, ONE_SHAPE, gather
 COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
 )  # fmt: skip
+PAGE = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- figures: written by scripts/prove_kernels.py -->", "<!-- end of figures -->"
 CHIPS = {"tpu": ("v5e", "v5p", "v6e", "tpu7x"), "gpu": ("h100",)}
 
 
@@ -119,7 +121,38 @@ def main(options: Options) -> int:
         for name in gone:
             del rows[name]
         write(options.json, proofs)
+    if options.json == Options.json:
+        PAGE.write_text(with_figures(PAGE.read_text(), rows))
     return bool(failed)
+
+
+def figures(rows: dict[str, Any]) -> str:
+    """The table of docs/kernels.md: one shape per direction."""
+    lines = ["| kernel | " + " | ".join(CHIPS["tpu"]) + " |", "|---|" + "---|" * len(CHIPS["tpu"])]
+    cases = [case for _, case in gather(ONE_SHAPE)]
+    for case in (case for case in cases if case.platform == "tpu"):
+        cells = [cell(rows.get(key(case, chip))) for chip in CHIPS["tpu"]]
+        lines.append(f"| {case.name} | " + " | ".join(cells) + " |")
+    compiled = [case.name for case in cases if case.platform == "gpu" and "memory" in rows.get(key(case, "h100"), {})]
+    if compiled:
+        lines += ["", "Compiled for an H100: " + "; ".join(compiled) + "."]
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if "error" in row:
+        return "does not compile"
+    ratio, slots = row.get("bytes_over_least"), row.get("matrix_slots")
+    parts = [f"{ratio:.2f}x" if ratio else "", f"{slots:.1%}" if slots else ""]
+    return ", ".join(filter(None, parts)) or "compiles"
+
+
+def with_figures(page: str, rows: dict[str, Any]) -> str:
+    """The page with its table made anew."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{figures(rows)}\n\n{END}{rest.split(END)[1]}"
 
 
 def compact(report: dict[str, Any]) -> dict[str, Any]:

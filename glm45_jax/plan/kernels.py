@@ -214,3 +214,11 @@ def _linear_cross_entropy(c: ModelConfig, s: Sizes, implementation: Any) -> Iter
     yield _case(f"linear_cross_entropy/forward, {what}", op, (hidden, head, targets), product)
     args = (hidden, head, targets, _shape("float32", t))
     yield _case(f"linear_cross_entropy/backward, {what}", gradient_of(op, 0, 1), args, 3 * product)
+
+    def training(hidden, head, targets, weights):
+        loss = lambda hidden, head: pallas_kernels.weighted_linear_cross_entropy(  # noqa: E731
+            hidden, head, targets, weights, transpose_head=True, implementation=implementation
+        )
+        return jax.value_and_grad(loss, (0, 1))(hidden, head)
+
+    yield _case(f"linear_cross_entropy/training, {what}", training, args, 3 * product)

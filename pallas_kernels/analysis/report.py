@@ -69,8 +69,8 @@ class Report:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-def examine(case: Case, source: Source, chip: str, worker: Worker) -> Report:
-    """Counts and compiles. Whatever goes wrong is said in the report."""
+def examine(case: Case, source: Source, chip: str, worker: Worker | None) -> Report:
+    """Counts, and compiles where there is a worker for it. Whatever goes wrong is said in the report."""
     report = Report(case.name, chip, case.least_bytes, case.flops)
     try:
         if case.platform == "tpu":
@@ -87,6 +87,8 @@ def examine(case: Case, source: Source, chip: str, worker: Worker) -> Report:
         report = dataclasses.replace(report, notes=(f"bytes not counted: {e}",))
     except Exception as e:  # an op that cannot be traced: the compiler's answer is the same error
         return dataclasses.replace(report, error=f"{type(e).__name__}: {str(e)[:500]}")
+    if worker is None:
+        return report
     answer = worker.analyse(source, case.name, chip)
     if "error" in answer:
         return dataclasses.replace(report, error=answer["error"])

@@ -6,6 +6,7 @@ CI=true that is a failure. The full matrix is scripts/prove_kernels.py.
 
 from __future__ import annotations
 
+import json
 import os
 
 import jax
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
+from glm45_jax.plan.kernels import kernel_cases
 from pallas_kernels.analysis.cases import Case, Source, shapes_of
 from pallas_kernels.analysis.compile import compile_for, missing_compiler, prepare_environment, program_hash
 from pallas_kernels.analysis.schedule import Worker
 from pallas_kernels.chip import CHIPS
-from tests.pallas_kernels.aot_cases import ONE_SHAPE, gather
+from tests.pallas_kernels.aot_cases import EVERY_SHAPE, ONE_SHAPE, gather
+from tests.support import ROOT
 
 prepare_environment()  # before anything loads libtpu
 
@@ -54,21 +57,22 @@ def test_compiles(case: Case, chip: str) -> None:
     assert asked < (16 << 30 if chip == "v5e" else 32 << 30)
 
 
-@pytest.mark.slow
-def test_exported_for_a_tpu_the_ops_are_tpu_kernels() -> None:
-    """Left to choose on a machine without TPUs, every op takes its kernel when the program is lowered for a TPU."""
-    pytest.importorskip("glm45_jax.plan.kernels")
-    from glm45_jax.plan.kernels import kernel_cases
+EXPORTED = [pytest.param(case, id=case.name) for case in kernel_cases(decoded=(8,), sequence=1024, tokens=1024)]
 
-    cases = kernel_cases()
-    exported = {op for op in pallas_kernels.__all__ if hasattr(pallas_kernels, op)}
-    assert {case.op for case in cases} >= exported & TPU_OPS
-    for case in cases:
-        args = shapes_of(case.arguments)
-        text = jax.export.export(jax.jit(case.function), platforms=["tpu"])(*args).mlir_module()
-        assert "tpu_custom_call" in text, case.name
-        here = jax.jit(case.function).lower(*args).as_text()
-        assert "tpu_custom_call" not in here, case.name
+
+def test_every_op_is_exported() -> None:
+    ops = {name.removeprefix("weighted_") for name in pallas_kernels.__all__}
+    assert {case.op for (case,) in (param.values for param in EXPORTED)} == ops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXPORTED)
+def test_exported_for_a_tpu_it_is_a_tpu_kernel(case: Case) -> None:
+    """Left to choose on a machine without TPUs, an op takes its kernel where the program is lowered for a TPU."""
+    shapes = shapes_of(case.arguments)
+    text = jax.export.export(jax.jit(case.function), platforms=["tpu"])(*shapes).mlir_module()
+    assert "tpu_custom_call" in text
+    assert "tpu_custom_call" not in jax.jit(case.function).lower(*shapes).as_text()
 
 
 def test_a_programs_hash_is_of_what_it_does() -> None:
@@ -101,6 +105,52 @@ def test_slots_of_a_dense_product(tmp_path) -> None:
     (schedule,) = answer["schedules"]
     assert answer["output_bytes"] == 2 * 1024 * 1024
     assert 0.9 < schedule["matrix_slots"] <= 1 and schedule["bundles"] > 1024
+
+
+# --- the full matrix --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_proof_is_of_the_cases_there_are() -> None:
+    """Every case on every chip has its row, and no row is of a case that is gone; all of them compile."""
+    rows = proof()
+    expected = {f"{case.name} @ {chip}" for _, case in gather(EVERY_SHAPE) for chip in CHIPS_OF[case.platform]}
+    assert not (missing := sorted(expected - set(rows))), f"run scripts/prove_kernels.py; without rows: {missing}"
+    assert not (gone := sorted(set(rows) - expected)), f"run scripts/prove_kernels.py; rows of no case: {gone}"
+    assert not (broken := sorted(name for name, row in rows.items() if "error" in row)), broken
+
+
+@pytest.mark.slow
+def test_no_row_of_the_proof_is_stale() -> None:
+    """The programs as they are lowered now; of the matrix those that the tests compile, on one chip for each platform.
+
+    `scripts/prove_kernels.py --check` does all of them.
+    """
+    rows = proof()
+    stale = []
+    for case in CASES:
+        chip = CHIPS_OF[case.platform][-1]
+        name = f"{case.name} @ {chip}"
+        if rows.get(name, {}).get("program") != program_hash(chip, case.function, *case.arguments):
+            stale.append(name)
+    assert not stale, f"run scripts/prove_kernels.py: their programs have changed: {stale}"
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_proof() -> None:
+    from prove_kernels import PAGE, with_figures
+
+    rows = proof()
+    assert PAGE.read_text() == with_figures(PAGE.read_text(), rows), "run scripts/prove_kernels.py"
+
+
+def proof() -> dict:
+    """The rows of this version of JAX."""
+    version = f"jax {jax.__version__}"
+    proofs = json.loads((ROOT / "docs" / "proofs" / "kernels.json").read_text())
+    if version not in proofs:
+        pytest.skip(f"the kernels are proven with {', '.join(proofs)}, not with {version}")
+    return proofs[version]
 
 
 # --- the table of chips ----------------------------------------------------------------------------------------------
