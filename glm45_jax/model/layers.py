@@ -11,26 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
+from pallas_kernels.residuals import RESIDUAL
 
-_KEPT = "kept"
 _FEW_ROWS = 32
 _LARGE_WEIGHT = 1 << 18  # elements
 _MOST_LAYER_OUTPUTS = 1 << 14  # a weight with more is the head
 
 
-def keep(x: Any) -> Any:
-    """Marks what a `recomputed` function keeps for its backward pass."""
-    return checkpoint_name(x, _KEPT)
-
-
 # A function whose backward pass computes anew, from its arguments and from what it marks by `keep`, all that it needs:
 # for what is cheap to compute but large to store.
 recomputed = functools.partial(
-    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT)
+    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL)
 )
 
 

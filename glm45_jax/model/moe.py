@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import gated, keep, recomputed, swiglu
-from pallas_kernels import fused_moe, grouped_matmul
+from glm45_jax.model.layers import recomputed, swiglu
+from pallas_kernels import fused_moe, grouped_matmul, grouped_swiglu
+from pallas_kernels.residuals import keep
 
 
 class Routing(NamedTuple):
@@ -96,20 +97,18 @@ def routed_experts(
     place = keep(jnp.argsort(order))  # where each (token, choice) went
     sizes = keep(jnp.bincount(flat, length=config.n_routed_experts).astype(jnp.int32))
 
-    def product(lhs: Any, weight: Any) -> Array:
-        rhs = weight[...].astype(lhs.dtype)
-        return grouped_matmul(lhs, rhs, sizes, transpose_rhs=True, layer=layer, implementation=config.implementation)
-
+    gate, up, down = (w[...].astype(x.dtype) for w in (experts.gate, experts.up, experts.down))
+    how = {"transpose_rhs": True, "layer": layer, "implementation": config.implementation}
     rows = _dispatch(x, order, place, top_k)
-    weights = _permute(routing.weights.reshape(-1), order, place)
-    hidden = _weighted(keep(product(rows, experts.gate)), keep(product(rows, experts.up)), weights)
-    answers = _permute(product(hidden, experts.down), place, order)
+    hidden = grouped_swiglu(rows, gate, up, sizes, keep_products=config.remat == "none", **how)
+    hidden = _weighted(hidden, _permute(routing.weights.reshape(-1), order, place))
+    answers = _permute(grouped_matmul(hidden, down, sizes, **how), place, order)
     return answers.reshape(-1, top_k, x.shape[-1]).astype(jnp.float32).sum(1).astype(x.dtype)
 
 
-def _weighted(gate: Float[Array, "M F"], up: Float[Array, "M F"], weights: Float[Array, " M"]) -> Float[Array, "M F"]:
+def _weighted(hidden: Float[Array, "M F"], weights: Float[Array, " M"]) -> Float[Array, "M F"]:
     """The experts' hidden rows, weighted here and not after `down`: the answers need not wait for the backward pass."""
-    return (gated(gate, up).astype(jnp.float32) * weights[:, None]).astype(gate.dtype)
+    return (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
 
 
 # Dispatch and permutation are gathers both ways: XLA would derive a scatter-add from a gather, slow everywhere.

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.fused_moe import cpu, reference, tpu
+from pallas_kernels.fused_moe import cpu, gpu, reference, tpu
 from pallas_kernels.fused_moe.tiling import Tiling
 from pallas_kernels.grouped_matmul.api import bind
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
 
-_IMPLEMENTATIONS = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward}
+_IMPLEMENTATIONS = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.grouped_matmul import cpu
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
-from pallas_kernels.grouped_swiglu import reference, tpu
+from pallas_kernels.grouped_swiglu import gpu, reference, tpu
+from pallas_kernels.residuals import keep
 
 _IMPLEMENTATIONS = {
     "reference": reference.with_matmul(reference.reference.forward),
@@ -28,6 +29,11 @@ _IMPLEMENTATIONS = {
         "forward": tpu.forward,
         "product_gradients": tpu.product_gradients,
         "lhs_gradient": tpu.lhs_gradient,
+    },
+    "gpu": {
+        "forward": gpu.forward,
+        "product_gradients": gpu.product_gradients,
+        "lhs_gradient": gpu.lhs_gradient,
     },
 }
 
@@ -69,7 +75,8 @@ def grouped_swiglu(
       gate, up: one matrix per group, [E, K, F], or [E, F, K] with `transpose_rhs`; with `layer`, stacked over layers.
       group_sizes, group_offset, layer, implementation, chip, tiling: as in `grouped_matmul`.
       gate_scale, up_scale: of quantised weights, as `rhs_scale` in `grouped_matmul`.
-      keep_products: when differentiated, keep both products for the backward pass: a fifth less work, 2 M F to store.
+      keep_products: when differentiated, keep both products for the backward pass, in the dtype of `lhs` and by the
+        name `residuals.RESIDUAL`: a fifth less work, 2 M F to store.
     """
     contracted, columns = gate.shape[-2:][::-1] if transpose_rhs else gate.shape[-2:]
     if lhs.ndim != 2 or gate.ndim != 3 + (layer is not None) or up.shape != gate.shape or lhs.shape[1] != contracted:
@@ -108,8 +115,12 @@ def _grouped_swiglu(options, lhs, weights, scales, groups):
 
 def _fwd(options, lhs, weights, scales, groups):
     stacks = _stacked((weights, scales))
-    out, *kept = _run("forward", options, lhs, *stacks, groups, keep_products=options.keep_products)
-    return out, (lhs, weights, scales, groups, kept)
+    if not options.keep_products:
+        return _grouped_swiglu(options, lhs, weights, scales, groups), (lhs, weights, scales, groups, ())
+    *_, gate, up = _run("forward", options, lhs, *stacks, groups, keep_products=True)
+    kept = keep(gate), keep(up)
+    # from what is kept, so that whoever computes the result anew needs no product for it
+    return reference.swiglu(*kept).astype(lhs.dtype), (lhs, weights, scales, groups, kept)
 
 
 def _bwd(options, residuals, dout):

@@ -18,7 +18,7 @@ lhs_gradient = functools.partial(reference.lhs_gradient, matmul=grouped_matmul.f
 
 
 def forward(lhs, weights, scales, groups, *, transpose_rhs, keep_products):
-    """[M, F] and, to keep for the backward pass, the two products in the dtype of `lhs`: then by two grouped matmuls."""
+    """[M, F] and, to keep for the backward pass, the two products in the dtype of `lhs`: by two grouped matmuls."""
     from pallas_kernels.grouped_matmul.gpu_rows import rows_by_group
 
     if any(scale is not None for scale in scales):

@@ -15,20 +15,28 @@ from pallas_kernels.grouped_matmul import reference
 F32 = jnp.float32
 
 
-def products(lhs, weights, scales, groups, *, transpose_rhs, matmul: Callable[..., Array]) -> tuple[Array, Array]:
-    """[M, K] times gate and times up, in float32."""
+def products(
+    lhs, weights, scales, groups, *, transpose_rhs, matmul: Callable[..., Array], dtype: Any = F32
+) -> tuple[Array, Array]:
+    """[M, K] times gate and times up."""
     gate, up = (
-        matmul(lhs, weight, scale, *groups, transpose_rhs=transpose_rhs, dtype=F32)
+        matmul(lhs, weight, scale, *groups, transpose_rhs=transpose_rhs, dtype=dtype)
         for weight, scale in zip(weights, scales)
     )
     return gate, up
 
 
 def forward(lhs, weights, scales, groups, *, transpose_rhs, keep_products, matmul=reference.forward):
-    """[M, F] and, to keep for the backward pass, the two products in the dtype of `lhs`; see `api`."""
-    gate, up = products(lhs, weights, scales, groups, transpose_rhs=transpose_rhs, matmul=matmul)
-    kept = (gate.astype(lhs.dtype), up.astype(lhs.dtype)) if keep_products else ()
-    return (jax.nn.silu(gate) * up).astype(lhs.dtype), *kept
+    """[M, F]; or, to keep for the backward pass, the two products in the dtype of `lhs`. See `api`."""
+    how = {"transpose_rhs": transpose_rhs, "matmul": matmul}
+    if keep_products:
+        return products(lhs, weights, scales, groups, dtype=lhs.dtype, **how)
+    return (swiglu(*products(lhs, weights, scales, groups, **how)).astype(lhs.dtype),)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, in float32."""
+    return jax.nn.silu(gate.astype(F32)) * up.astype(F32)
 
 
 def product_gradients(lhs, weights, scales, groups, dout, *, transpose_rhs, matmul=reference.forward):

@@ -1,30 +1,25 @@
 """SwiGLU over groups of rows on TPU: four uses of one frame, `grouped_matmul.tpu_rows`.
 
-forward: rows meet gate and up at one visit, silu(gate) * up is written and, when asked for, the products.
+forward: rows meet gate and up at one visit; silu(gate) * up is written or, when asked for, the products.
 product_gradients: the same visit again, with dout beside it, writes the gradients of the two products.
 lhs_gradient: the two gradients meet gate^T and up^T at one visit, and their sum is written.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chip import tpu_to_tile_for
 from pallas_kernels.grouped_matmul import tpu_rows
-from pallas_kernels.grouped_swiglu.reference import swiglu_gradients
+from pallas_kernels.grouped_swiglu.reference import swiglu, swiglu_gradients
 
 _BOTH = ((0, 0), (0, 1))
 
 
 def forward(lhs, weights, scales, groups, *, transpose_rhs, keep_products, chip=None, tiling=None):
-    """[M, F] and, to keep for the backward pass, the two products; see `api`."""
-
-    def combine(products, _):
-        gate, up = products
-        return jax.nn.silu(gate) * up, *(products if keep_products else ())
-
-    kernel = tpu_rows.RowKernel("grouped_swiglu", _BOTH, combine, (lhs.dtype,) * (3 if keep_products else 1))
+    """[M, F]; or, to keep for the backward pass, the two products. See `api`."""
+    combine = lambda products, _: products if keep_products else [swiglu(*products)]  # noqa: E731
+    kernel = tpu_rows.RowKernel("grouped_swiglu", _BOTH, combine, (lhs.dtype,) * (2 if keep_products else 1))
     how = {"transpose_rhs": transpose_rhs, "chip": tpu_to_tile_for(chip), "tiling": tiling}
     return tpu_rows.run(kernel, [lhs], weights, scales, [], groups, **how)
 
