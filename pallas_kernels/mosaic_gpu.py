@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chip import named_chip
+from pallas_kernels.mosaic import varying_alike
 
 COMPUTE_WARPGROUPS = 2
 LOADING_WARPGROUP = COMPUTE_WARPGROUPS
@@ -31,6 +32,12 @@ _MULTIPROCESSORS = 132  # of an H100 SXM, where no device says its own number
 def shared_memory_bytes() -> int:
     """What the buffers of one block may take together."""
     return named_chip("h100").on_chip_bytes - _RESERVED_BYTES
+
+
+def multiprocessors() -> int:
+    """Of the device of the mesh in force."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "num_cores", None) or _MULTIPROCESSORS
 
 
 def swizzle_elements(dtype: Any) -> int:
@@ -70,14 +77,15 @@ def kernel(
     scratch_types: dict[str, Any],
     approx_math: bool = False,
 ) -> Any:
-    """A kernel of `num_blocks` blocks at most, as many as there are multiprocessors: see `for_each_tile`."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    multiprocessors = getattr(device, "num_cores", None) or _MULTIPROCESSORS
-    return plgpu.kernel(
+    """A kernel of `num_blocks` blocks at most, as many as there are multiprocessors: see `for_each_tile`.
+
+    Inside a checked `shard_map` its results vary over every mesh axis that one of its arguments varies over.
+    """
+    run = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch_types,
-        grid=(min(num_blocks, multiprocessors),),
+        grid=(min(num_blocks, multiprocessors()),),
         grid_names=("block",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -85,6 +93,13 @@ def kernel(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approx_math
         ),
     )
+
+    def alike(*arguments: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        leaves = varying_alike(*leaves)
+        return jax.tree.map(lambda out: varying_alike(out, *leaves)[0], run(*jax.tree.unflatten(tree, leaves)))
+
+    return alike
 
 
 def specialise(load: Callable[[], None], compute: Callable[[Any], None]) -> None:
@@ -121,11 +136,13 @@ class Ring:
     Attributes:
       loaded: a barrier for each stage, completed when TMA has written its buffers.
       consumed: one completed when both computing warpgroups have read them.
+      to_registers: whether these read a buffer to registers, not by `wgmma` alone.
     """
 
     buffers: Sequence[Any]
     loaded: Any
     consumed: Any
+    to_registers: bool = False
 
     @property
     def stages(self) -> int:
@@ -157,6 +174,8 @@ class Ring:
         return [buffer.at[slot] for buffer in self.buffers]
 
     def free(self, step: Any) -> None:
+        if self.to_registers:
+            plgpu.commit_smem()  # TMA must not write before every thread has read
         plgpu.barrier_arrive(self.consumed.at[lax.rem(step, self.stages)])
 
     def accumulate(self, step: Any, num_steps: Any, shapes: Sequence[Any], product: Callable[..., None]) -> Any:

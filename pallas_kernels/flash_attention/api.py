@@ -21,7 +21,12 @@ from pallas_kernels.flash_attention.tiling import check as check_tiling
 from pallas_kernels.mosaic import varying_alike
 
 _FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
-_BACKWARD = {"reference": reference.backward, "cpu": cpu.backward, "tpu": tpu_backward.backward}
+_BACKWARD = {
+    "reference": reference.backward,
+    "cpu": cpu.backward,
+    "tpu": tpu_backward.backward,
+    "gpu": gpu.backward,
+}
 # What the backward pass needs beside the arguments, to policies of `jax.checkpoint`: the result and its log-sum-exp.
 RESIDUAL = "kept"
 

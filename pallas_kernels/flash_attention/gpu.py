@@ -16,3 +16,10 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
     from pallas_kernels.flash_attention import gpu_forward
 
     return gpu_forward.forward(q, k, v, segments, q_offset, problem=problem)
+
+
+def backward(q, k, v, segments: Segments, q_offset, lse, delta, dout, *, problem: Problem):
+    """dq, dk, dv; delta [B, H, S] is what all gradients of a query's scores have taken off: sum(dout * out) - dlse."""
+    from pallas_kernels.flash_attention import gpu_backward
+
+    return gpu_backward.backward(q, k, v, segments, q_offset, lse, delta, dout, problem=problem)

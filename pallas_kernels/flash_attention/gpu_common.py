@@ -23,8 +23,8 @@ QUERIES = COMPUTE_WARPGROUPS * WARPGROUP_ROWS  # of a tile
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyLoop:
-    """The blocks of keys that a block of queries meets: first those that all of its queries see whole.
+class Loop:
+    """The blocks of keys that a block of queries meets, or the other way round: first those of which all is seen.
 
     Attributes:
       full: how many of them are seen whole.
@@ -62,6 +62,7 @@ class Plan:
     queries: int
     keys: int
     head_dim: int
+    segmented: bool
     block_kv: int = 128
 
     @property
@@ -77,19 +78,35 @@ class Plan:
         row, head = lax.div(tile, self.heads), lax.rem(tile, self.heads)
         return lax.rem(row, self.batch), head, self.query_blocks - 1 - lax.div(row, self.batch)
 
-    def key_loop(self, ranges: Any, batch: Any, block: Any) -> KeyLoop:
+    @property
+    def key_tiles(self) -> int:
+        return self.batch * (self.heads // self.groups) * -(-self.keys // self.block_kv)
+
+    def key_place(self, tile: Any) -> tuple[Any, Any, Any]:
+        """Batch row, kv head and block of a tile of keys: early keys first, which meet more queries."""
+        kv_heads = self.heads // self.groups
+        row = lax.div(tile, kv_heads)
+        return lax.rem(row, self.batch), lax.rem(tile, kv_heads), lax.div(row, self.batch)
+
+    def padded(self, size: int) -> int:
+        return size + -size % mosaic_gpu.ROW_ALIGNMENT
+
+    def loop(self, ranges: Any, batch: Any, block: Any) -> Loop:
         row = batch if ranges.shape[0] > 1 else 0
-        return KeyLoop(*(ranges[row, block, i] for i in range(4)))
+        return Loop(*(ranges[row, block, i] for i in range(4)))
 
 
-def plan(problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Plan, list[jax.Array]]:
+def plan(
+    problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+) -> tuple[Plan, list[jax.Array]]:
     """The plan, and the arrays with S and T padded. Raises NotImplementedError for what has no kernel."""
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % mosaic_gpu.ROW_ALIGNMENT), (0, 0))) for x in (q, k, v)]
     mosaic_gpu.check_loadable("flash_attention", *padded)
     if q.shape[3] > 128:
         raise NotImplementedError(f"flash_attention: the Mosaic GPU kernel has heads of 64 or 128, not {q.shape[3]}")
     batch, heads, queries, head_dim = q.shape
-    return Plan(problem, batch, heads, heads // k.shape[1], queries, k.shape[2], head_dim), padded
+    groups, segmented = heads // k.shape[1], segments is not None
+    return Plan(problem, batch, heads, groups, queries, k.shape[2], head_dim, segmented), padded
 
 
 def key_blocks(work: Plan, segments: Segments, q_offset: Any) -> Int[Array, "B N 4"]:
@@ -97,6 +114,23 @@ def key_blocks(work: Plan, segments: Segments, q_offset: Any) -> Int[Array, "B N
     causal = work.problem.causal
     sizes = (work.queries, work.keys, QUERIES, work.block_kv)
     return key_ranges(*sizes, causal=causal, q_offset=jnp.asarray(q_offset, jnp.int32), segments=segments)
+
+
+def query_blocks(work: Plan, segments: Segments, q_offset: Any, block_q: int) -> Int[Array, "B M 4"]:
+    """The same for each block of keys: the blocks of queries that meet it, and a run of them that see it whole."""
+    sizes, offset = (work.queries, work.keys, block_q, work.block_kv), jnp.asarray(q_offset, jnp.int32)
+    ranges = key_ranges(*sizes, causal=work.problem.causal, q_offset=offset, segments=segments)
+    keys = jnp.arange(-(-work.keys // work.block_kv))[:, None]
+    first, full_first, full_end, end = (ranges[:, None, :, i] for i in range(4))
+    meets, full = (first <= keys) & (keys < end), (full_first <= keys) & (keys < full_end)
+    place = jnp.arange(ranges.shape[1])
+    one_past = lambda which: jnp.max(jnp.where(which, place + 1, 0), axis=-1)  # noqa: E731
+    start = jnp.argmax(meets, axis=-1).astype(jnp.int32)
+    run_end = one_past(full)
+    run_first = one_past(~full & (place < run_end[..., None]))
+    none = run_end == 0
+    bounds = [start, jnp.where(none, start, run_first), jnp.where(none, start, run_end), one_past(meets)]
+    return jnp.stack(bounds, axis=-1).astype(jnp.int32)
 
 
 def segment_arrays(work: Plan, segments: Segments) -> tuple[jax.Array, ...]:
@@ -107,16 +141,22 @@ def segment_arrays(work: Plan, segments: Segments) -> tuple[jax.Array, ...]:
     return tuple(jnp.pad(x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % block))) for x, block in blocks)
 
 
-def visible(work: Plan, query: Any, key: Any, q_offset: Any, q_ids: Any, k_ids: Any) -> jax.Array:
-    """Which of the keys from `key` on the queries from `query` on see, [64, block_kv]."""
-    shape = (WARPGROUP_ROWS, work.block_kv)
-    keys = lax.broadcasted_iota(jnp.int32, shape, 1) + key
+def visible(
+    work: Plan, shape: tuple[int, int], query: Any, key: Any, q_offset: Any, q_ids: Any, k_ids: Any, queries: int = 0
+) -> jax.Array:
+    """Which of the keys from `key` on the queries from `query` on see, of the shape given.
+
+    Args:
+      q_ids, k_ids: buffers of the segments' ids, or empty.
+      queries: the axis of the queries.
+    """
+    keys = lax.broadcasted_iota(jnp.int32, shape, 1 - queries) + key
     if work.problem.causal:
-        queries = lax.broadcasted_iota(jnp.int32, shape, 0) + (query + q_offset)
-        seen = keys <= jnp.minimum(queries, work.keys - 1)
+        places = lax.broadcasted_iota(jnp.int32, shape, queries) + (query + q_offset)
+        seen = keys <= jnp.minimum(places, work.keys - 1)
     else:
         seen = keys < work.keys
     if q_ids:
-        ids = [lax.broadcast_in_dim(x[0][...], shape, [axis]) for axis, x in enumerate((q_ids, k_ids))]
+        ids = [lax.broadcast_in_dim(x[0][...], shape, [axis]) for x, axis in ((q_ids, queries), (k_ids, 1 - queries))]
         seen &= ids[0] == ids[1]
     return seen

@@ -33,7 +33,7 @@ from pallas_kernels.mosaic_gpu import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, Ring, 
 
 def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
     """[B, H, S, D], [B, K, T, D] twice -> [B, H, S, D] and the log-sum-exp [B, H, S]."""
-    work, (q, k, v) = plan(problem, q, k, v)
+    work, (q, k, v) = plan(problem, q, k, v, segments)
     scalars = jnp.asarray(q_offset, jnp.int32).reshape(1)
     ranges = key_blocks(work, segments, q_offset)
     stages, keys = 2, work.block_kv
@@ -65,14 +65,15 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
 def _kernel(
     scalars, ranges, ids, q, k, v, out, lse, *, buffers, barriers, q_buffers, q_barriers, turn, whole, lse_buffer, work
 ):
-    ring, q_ring, store = Ring(buffers, **barriers), Ring(q_buffers, **q_barriers), Store(whole)
+    ring = Ring(buffers, **barriers, to_registers=work.segmented)
+    q_ring, store = Ring(q_buffers, **q_barriers, to_registers=work.segmented), Store(whole)
 
     def load():
         def load_tile(tile, step):
             batch, head, block = work.place(tile)
             rows = pl.ds(block * QUERIES, QUERIES)
             q_ring.fill(mosaic_gpu.turn_of(tile), [q.at[batch, head, rows], *(x.at[batch, rows] for x in ids[:1])])
-            loop = work.key_loop(ranges, batch, block)
+            loop = work.loop(ranges, batch, block)
 
             def one(i, _):
                 keys = pl.ds(loop.block(i) * work.block_kv, work.block_kv)
@@ -95,7 +96,7 @@ def _kernel(
 
         def compute_tile(tile, step):
             batch, head, block = work.place(tile)
-            loop = work.key_loop(ranges, batch, block)
+            loop = work.loop(ranges, batch, block)
             q_mine, *q_ids = [x.at[mine] for x in q_ring.wait(mosaic_gpu.turn_of(tile))]
             row = block * QUERIES + warpgroup * WARPGROUP_ROWS
             pl.when(warpgroup == 1)(sync)
@@ -112,7 +113,8 @@ def _kernel(
                 scores = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, work.block_kv)))
                 scores *= work.problem.scale * LOG2_E
                 if masked:
-                    seen = visible(work, row, loop.block(i) * work.block_kv, scalars[0], q_ids, k_ids)
+                    key = loop.block(i) * work.block_kv
+                    seen = visible(work, scores.shape, row, key, scalars[0], q_ids, k_ids)
                     scores = jnp.where(seen, scores, SEES_NOTHING)
                 new = jnp.maximum(largest, scores.max(axis=1))
                 fade = jnp.exp2(largest - new)

@@ -40,9 +40,14 @@ class Tiling:
         return self.stages * loaded + 2 * Store.shared_bytes()
 
 
-def tiling(num_columns: int, num_matrices: int = 1) -> Tiling:
-    """Few padded columns, but wide tiles, which load less for each product; then as many stages as fit."""
+def tiling(num_columns: int, num_matrices: int = 1, row_tiles: int = 1 << 20) -> Tiling:
+    """Few padded columns, but wide tiles, which load less for each product; then as many stages as fit.
+
+    With so few row tiles that multiprocessors would be idle, tiles are narrower.
+    """
     widths = [width for width in (256, 192, 128, 64) if width * num_matrices <= _WIDEST]
+    enough = [width for width in widths if row_tiles * pl.cdiv(num_columns, width) >= mosaic_gpu.multiprocessors()]
+    widths = enough or widths[-1:]
     columns = min(widths, key=lambda width: pl.cdiv(num_columns, width) * (width + 32))
     stages = range(6, 1, -1)
     tilings = [Tiling(columns, mosaic_gpu.swizzle_elements(jnp.bfloat16), n) for n in stages]
@@ -73,7 +78,8 @@ def work_list(group_sizes, first_row, num_rows: int) -> Work:
     first = start // ROW_ALIGNMENT * ROW_ALIGNMENT
     per_group = jnp.where(end > start, pl.cdiv(end - first, ROWS), 0)
     last = jnp.cumsum(per_group)
-    index = jnp.arange(num_rows // ROWS + 2 * len(start), dtype=jnp.int32)
+    most = min(num_rows, num_rows // ROWS + 2 * len(start))  # each has a row
+    index = jnp.arange(most, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(last, index, side="right"), len(start) - 1).astype(jnp.int32)
     row = first[group] + (index - (last - per_group)[group]) * ROWS
     inside = lambda border: jnp.clip(border[group] - row, 0, ROWS)  # noqa: E731
@@ -109,8 +115,8 @@ def rows_by_group(
         raise NotImplementedError(
             f"grouped_matmul: the Mosaic GPU kernel writes a multiple of 64 columns; got {rhs.shape}"
         )
-    tiles = tiling(num_columns, len(matrices))
     work = work_list(group_sizes, first_row, num_rows)
+    tiles = tiling(num_columns, len(matrices), work.group.shape[0])
     scalars = jnp.stack([work.count, layer.astype(jnp.int32)])
     rhs_tile = (tiles.columns, tiles.contracted) if transpose_rhs else (tiles.contracted, tiles.columns)
     shapes = [(ROWS, tiles.contracted)] + [rhs_tile] * len(matrices)

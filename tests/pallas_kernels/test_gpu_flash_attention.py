@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import reference
-from pallas_kernels.flash_attention.problem import SEES_NOTHING, Problem
+from pallas_kernels.flash_attention.problem import SEES_NOTHING
 from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
 from tests.pallas_kernels.test_flash_attention import Case
 
 CASES = {
     "a tile": Case(128, 128, head_dim=64, kv_heads=2),
     "one query at the end": Case(1, 130, head_dim=64, q_offset=129),
-    "groups, over a tile": Case(129, 200, heads=4, kv_heads=2, batch=2, head_dim=64),
+    "groups, over a tile": Case(129, 200, heads=4, kv_heads=2, head_dim=64),
     "several tiles": Case(300, 300, heads=1, head_dim=128),
-    "queries before all keys": Case(140, 40, head_dim=64, q_offset=-50),
-    "not causal": Case(70, 260, head_dim=64, causal=False, scale=-0.3),
-    "packed": Case(270, 270, head_dim=64, segments="packed", batch=2),
-    "mixed ids": Case(130, 200, head_dim=64, segments="mixed", causal=False),
+    "queries before all keys": Case(140, 40, heads=1, head_dim=64, q_offset=-50),
+    "not causal": Case(70, 260, heads=1, head_dim=64, causal=False, scale=-0.3),
+    "packed": Case(270, 270, heads=1, head_dim=64, segments="packed", batch=2),
+    "mixed ids": Case(70, 200, heads=1, head_dim=64, segments="mixed", causal=False),
 }
 
 
@@ -44,20 +45,36 @@ def _attend(case: Case, q, k, v, segments, implementation: str):
 @needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_values(name: str) -> None:
+def test_values_and_gradients(name: str) -> None:
     case = CASES[name]
-    q, k, v, _, segments = _inputs(case)
+    q, k, v, dout, segments = _inputs(case)
+    dlse = jnp.asarray(np.random.default_rng(1).normal(size=q.shape[:3]), jnp.float32)
     with interpreted():
-        out, lse = _attend(case, q, k, v, segments, "gpu")
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        (out, lse), pull = jax.vjp(lambda q, k, v: _attend(case, q, k, v, segments, "gpu"), q, k, v)
+        gradients = pull((dout, dlse))
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
-    right, right_lse = reference.forward(*exact, segments, case.q_offset, problem=Problem(case.causal, scale))
+    (right, right_lse), pull = jax.vjp(lambda q, k, v: _attend(case, q, k, v, segments, "reference"), *exact)
+    for found, expected in zip(gradients, pull((dout.astype(jnp.float32), dlse))):
+        # weights and their gradients are rounded to bfloat16, 2**-9 of each, before sums over keys or queries
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=2**-6 * np.abs(expected).max())
     # weights are rounded to bfloat16 before they meet the values, and so is the result
     np.testing.assert_allclose(out.astype(jnp.float32), right, atol=2**-7, rtol=2**-7)
     np.testing.assert_allclose(lse, right_lse, atol=1e-5, rtol=1e-6)
     nothing = np.asarray(right_lse == SEES_NOTHING)
     assert nothing.any() or name != "queries before all keys"
     assert (np.asarray(lse)[nothing] == SEES_NOTHING).all() and (np.asarray(out)[nothing] == 0).all()
+
+
+def test_in_a_checked_shard_map() -> None:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def with_gradients(q, k, v):
+        out, pull = jax.vjp(lambda *x: flash_attention(*x, implementation="gpu"), q, k, v)
+        return out, *pull(out)
+
+    q, kv = (jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    spread = jax.shard_map(with_gradients, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=True)
+    assert [x.shape for x in jax.eval_shape(spread, q, kv, kv)] == [q.shape, q.shape, kv.shape, kv.shape]
 
 
 def test_what_has_no_kernel_is_said() -> None:

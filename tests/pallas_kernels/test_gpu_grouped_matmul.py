@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import grouped_matmul, mosaic_gpu
 from pallas_kernels.grouped_matmul import gpu_gradient, gpu_rows
@@ -86,6 +87,12 @@ def test_buffers_fit_shared_memory(columns: int, matrices: int) -> None:
     assert widest.shared_bytes() == 4 * (128 * 128 + 256 * 128) + 2 * 128 * 128
 
 
+def test_few_rows_get_narrow_tiles() -> None:
+    """With a tile of rows for each of eight experts, no multiprocessor of an H100's 132 is idle."""
+    assert gpu_rows.tiling(1408, 2, row_tiles=8).columns == 64
+    assert gpu_rows.tiling(1408, 2, row_tiles=64).columns == 128
+
+
 def test_work_list_covers_every_row_once() -> None:
     rng = np.random.default_rng(0)
     work_list = quick_jit(gpu_rows.work_list, static_argnums=2)
@@ -100,6 +107,22 @@ def test_work_list_covers_every_row_once() -> None:
             owner[row + begin : row + end] = group
         expected = np.repeat([-1, -1, 0, 1, 2, 3, 4], sizes)
         np.testing.assert_array_equal(owner, np.concatenate([expected, np.full(1000 - total, 4)]))
+
+
+def test_in_a_checked_shard_map() -> None:
+    mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def with_gradients(lhs, rhs, sizes):
+        options = {"group_offset": 2 * jax.lax.axis_index("expert"), "implementation": "gpu"}
+        out, pull = jax.vjp(lambda *x: grouped_matmul(*x, sizes, **options), lhs, rhs)
+        return out, *pull(out)
+
+    shapes = (16, 64), (2, 64, 128)
+    lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    specs = P("expert"), P("expert"), P()
+    spread = jax.shard_map(with_gradients, mesh=mesh, in_specs=specs, out_specs=P("expert"), check_vma=True)
+    found = jax.eval_shape(spread, lhs, rhs, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert [x.shape for x in found] == [(16, 128), *shapes]
 
 
 def test_what_has_no_kernel_is_said() -> None:
