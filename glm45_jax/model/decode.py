@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import attend, attend_causal, attend_one, keys_values, output, queries
+from glm45_jax.model.attention import attend, attend_one, keys_values, output, queries
 from glm45_jax.model.decoder import Rows, embed, head_logits, head_weight, rows_of
 from glm45_jax.model.layers import rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import moe_decode
 from glm45_jax.model.params import Params, merge, stacked_kinds
+from pallas_kernels import flash_attention
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +95,8 @@ def prefill(
         if q.shape[2] == 1:
             slots, own = last[:, None], segment[:, None]
             return attend(q, k, v, slots=slots, segment_ids=own, kv_segment_ids=rows.segment_ids), kv
-        return attend_causal(q, k, v, rows.segment_ids), kv
+        told = {"segment_ids": rows.segment_ids, "heads_first": True, "implementation": config.implementation}
+        return flash_attention(q, k, v, **told), kv
 
     h, (k, v) = _layers(params, config, tokens, rows, (cache.k, cache.v), attention, last)
     cache = KVCache(

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import attend_causal, keys_values, output, queries
+from glm45_jax.model.attention import keys_values, output, queries
 from glm45_jax.model.layers import linear, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import Routing, moe
 from glm45_jax.model.params import Params, merge, merge_outer, stacked_kinds
+from pallas_kernels import flash_attention
 
 _BLOCK_OUTPUT = "block_output"  # what attention, MLP and experts add to the residual stream, to remat policies
 
@@ -138,7 +139,10 @@ def block(
     """One decoder layer: h + attention(norm h), then + MLP or experts(norm of that)."""
     a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
     q, (k, v) = (project(a, module.attention, config, rotary) for project in (queries, keys_values))
-    h = h + checkpoint_name(output(attend_causal(q, k, v, rows.segment_ids), module.attention), _BLOCK_OUTPUT)
+    attended = flash_attention(
+        q, k, v, segment_ids=rows.segment_ids, heads_first=True, implementation=config.implementation
+    )
+    h = h + checkpoint_name(output(attended, module.attention), _BLOCK_OUTPUT)
     b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
     if hasattr(module, "mlp"):
         return h + checkpoint_name(swiglu(b, module.mlp), _BLOCK_OUTPUT), None

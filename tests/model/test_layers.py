@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm45_jax.model import attention, layers
+from glm45_jax.model import layers
 from glm45_jax.model.layers import matmul_t, rms_norm, rotary_tables, rotate
-from tests.support import quick_jit, small_config
+from tests.support import small_config
 
 
 def test_rms_norm_multiplies_after_the_cast() -> None:
@@ -64,54 +64,3 @@ def test_angles_stay_float32_under_bfloat16() -> None:
     for exact, rounded in zip(*tables):
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(rounded, np.float32), exact, atol=4e-3)
-
-
-def plain_attention(q, k, v, segments):
-    """Every score at once, differentiated by JAX itself."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
-    scores = jnp.einsum("bhsd,bhtd->bhst", q, k) * q.shape[-1] ** -0.5
-    place = jnp.arange(q.shape[2])
-    seen = (place[:, None] >= place) & (segments[:, :, None] == segments[:, None])
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhst,bhtd->bhsd", weights, v)
-
-
-@pytest.mark.parametrize("path", ["one", "unrolled", "mapped"])
-def test_chunked_attention(path: str, monkeypatch) -> None:
-    """All ways through long sequences, with gradients; chunks divide neither the length nor the segments."""
-    if path == "mapped":
-        monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 16)
-    length = 100 if path == "one" else 300
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.standard_normal((2, 4, length, 8)), jnp.float32)
-    k, v = (jnp.asarray(rng.standard_normal((2, 2, length, 8)), jnp.float32) for _ in range(2))
-    segments = np.ones((2, length), np.int32)
-    segments[1, length // 3 :] = 2
-    chunk = attention._chunk(2 * 4, length)
-    assert chunk == length if path == "one" else length > 8 * chunk if path == "mapped" else 128 <= chunk < length
-
-    target = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
-    run = lambda q, k, v: attention.attend_causal(q, k, v, jnp.asarray(segments))  # noqa: E731
-    with jax.enable_x64(True):
-        exact = [jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v)]
-        expected = plain_attention(*exact, segments)
-        slopes = jax.grad(lambda *x: jnp.vdot(plain_attention(*x, segments), target), (0, 1, 2))(*exact)
-        expected, slopes = jax.tree.map(np.asarray, (expected, slopes))
-    np.testing.assert_allclose(quick_jit(run)(q, k, v), expected, atol=1e-5)
-    for ours, slope in zip(quick_jit(jax.grad(lambda *x: jnp.vdot(run(*x), target), (0, 1, 2)))(q, k, v), slopes):
-        np.testing.assert_allclose(ours, slope, atol=1e-4)
-
-
-def test_the_program_does_not_grow_with_the_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(attention, "_SCORE_BYTES", 1 << 16)
-
-    def size(length: int) -> int:
-        q, k = (
-            jax.ShapeDtypeStruct((1, 4, length, 8), jnp.float32),
-            jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32),
-        )
-        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        return str(jax.make_jaxpr(attention.attend_causal)(q, k, k, segments)).count(" = ")
-
-    assert size(1024) == size(4096)
