@@ -48,9 +48,10 @@ class CompilerMissingError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler said: bytes on the device."""
+    """What the compiler said: bytes on the device. `processor_seconds` are those of all its threads."""
 
     seconds: float
+    processor_seconds: float
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
@@ -117,13 +118,14 @@ def compile_for(chip: str, fn: Callable[..., Any], *args: Any) -> Compiled:
     place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere)  # noqa: E731
     placed = jax.tree.map(place, shapes_of(args))
     options = {"xla_gpu_cuda_data_dir": cuda_folder(), "xla_gpu_autotune_level": "0"} if gpu else None
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
         traced = jax.jit(lambda *xs: fn(*xs)).trace(*placed)
         compiled = traced.lower(lowering_platforms=("cuda" if gpu else "tpu",)).compile(compiler_options=options)
     memory = compiled.memory_analysis()
     return Compiled(
         time.perf_counter() - start,
+        time.process_time() - busy,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
