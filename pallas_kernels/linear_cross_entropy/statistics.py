@@ -22,11 +22,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.linear_cross_entropy import cpu, reference, tpu
+from pallas_kernels.linear_cross_entropy import cpu, gpu, reference, tpu
 from pallas_kernels.linear_cross_entropy.problem import Problem
 
-_FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward}
-_BACKWARD = {"reference": reference.backward, "cpu": cpu.backward, "tpu": tpu.backward}
+_FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_BACKWARD = {"reference": reference.backward, "cpu": cpu.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 
 class Statistics(NamedTuple):

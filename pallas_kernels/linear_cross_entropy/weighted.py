@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.linear_cross_entropy import cpu, reference, tpu
+from pallas_kernels.linear_cross_entropy import cpu, gpu, reference, tpu
 from pallas_kernels.linear_cross_entropy.problem import Problem
 from pallas_kernels.linear_cross_entropy.statistics import dispatched, statistics
 
@@ -41,6 +41,7 @@ def _fwd(hidden, head, targets, weights, problem, implementation):
         "reference": functools.partial(_both_passes, reference),
         "cpu": cpu.loss_and_gradients,
         "tpu": functools.partial(_both_passes, tpu),
+        "gpu": functools.partial(_both_passes, gpu),
     }
     total, *gradients = dispatched(implementations, implementation, problem)(hidden, head, targets, weights)
     return total, (*gradients, targets, weights)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import flash_attention, fused_moe, grouped_matmul, grouped_swiglu
+from pallas_kernels import flash_attention, fused_moe, grouped_matmul, grouped_swiglu, linear_cross_entropy
 
 BF16 = jnp.bfloat16
 
@@ -85,9 +85,21 @@ def _fused_moe(tokens: int, e: int, d: int, f: int, top_k: int = 8):
     return [(f"fused_moe/forward, [{tokens},{d}]x[{e},{f}]", forward, arguments)]
 
 
+def _linear_cross_entropy(tokens: int, model: int, vocabulary: int = 151552):
+    """The head as checkpoints have it; forward with the entropy."""
+
+    def forward(hidden, head, targets):
+        options = {"transpose_head": True, "return_entropy": True, "implementation": "gpu"}
+        return linear_cross_entropy(hidden, head, targets, **options)
+
+    arguments = (_shape(tokens, model), _shape(vocabulary, model), _shape(tokens, dtype=jnp.int32))
+    return [(f"linear_cross_entropy/forward, [{tokens},{model}]x[{vocabulary},{model}]", forward, arguments)]
+
+
 def gpu_cases():
     experts = _grouped_swiglu(8192, 16, 4096, 1408) + _fused_moe(8, 128, 4096, 1408)
-    return _grouped_matmul(8192, 16, 4096, 2816) + experts + _flash_attention(1, 4096, 4096)
+    others = _flash_attention(1, 4096, 4096) + _linear_cross_entropy(8192, 4096)
+    return _grouped_matmul(8192, 16, 4096, 2816) + experts + others
 
 
 def gpu_matrix():
@@ -103,4 +115,5 @@ def gpu_matrix():
         for shape in ((128, 4096, 1408), (160, 5120, 1536))
         for case in _fused_moe(n, *shape)
     ]
-    return matmuls + swiglu + few + attention + _flash_attention(4, 1024, 8192)
+    attention += _flash_attention(4, 1024, 8192)
+    return matmuls + swiglu + few + attention + _linear_cross_entropy(8192, 5120)
