@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import grouped_matmul, mosaic_gpu
+from pallas_kernels.analysis.traffic import described
 from pallas_kernels.grouped_matmul import gpu_gradient, gpu_rows
 from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
 from tests.support import quick_jit
@@ -135,3 +136,17 @@ def test_what_has_no_kernel_is_said() -> None:
     with pytest.raises(NotImplementedError, match="quantised"):
         quantised, scale = wide.astype(jnp.int8), jnp.ones((2, 1, 64))
         grouped_matmul(jnp.zeros((8, 64), jnp.bfloat16), quantised, sizes, rhs_scale=scale, implementation="gpu")
+
+
+@pytest.mark.slow
+def test_left_to_choose_a_hopper_takes_the_kernel() -> None:
+    """Lowered for CUDA it is the kernel where the mesh in force is an H100's and the kernel can; else portable XLA."""
+
+    def is_kernel(dtype) -> bool:
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((64, 64), (2, 64, 64))]
+        traced = jax.jit(grouped_matmul).trace(*shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
+        return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert not is_kernel(jnp.bfloat16)
+    with described("h100"):
+        assert is_kernel(jnp.bfloat16) and not is_kernel(jnp.float32)
