@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm45_jax.cli import main
-from glm45_jax.plan.kernels import balanced, kernel_cases
+from glm45_jax.plan.kernels import group_sizes, kernel_cases
 from pallas_kernels.analysis.timing import random_arrays, time_by_turns
 
 SMALL = ("--rows", "64", "--tokens", "32", "--sequence", "32", "--experts", "4")
@@ -92,6 +92,19 @@ def test_the_calls_run() -> None:
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out)), case.name
 
 
-def test_balanced_groups() -> None:
-    np.testing.assert_array_equal(balanced(10, 4), [2, 3, 2, 3])
-    assert balanced(8192, 16).tolist() == [512] * 16
+def test_groups() -> None:
+    assert group_sizes(8192, 16, "balanced").tolist() == [512] * 16
+    assert sorted(group_sizes(10, 4, "balanced")) == [2, 2, 3, 3]
+    zipf = group_sizes(8192, 16, "zipf")
+    assert zipf.sum() == 8192 and zipf[0] == pytest.approx(2 * zipf[1], abs=1) and (np.diff(zipf) <= 1).all()
+    assert sorted(group_sizes(8192, 16, "one")) == [0] * 15 + [8192]
+    with pytest.raises(ValueError, match="zipf"):
+        group_sizes(1, 1, "some")
+
+
+def test_plan_of_skewed_groups(capsys) -> None:
+    """All rows on one expert: the other experts' weights need not be read, nor are they counted as needed."""
+    args = ("plan", "kernels", "--op", "grouped_matmul", "--no-compile", "--json", "--groups")
+    balanced, one = (json.loads(output(capsys, *args, how))[0] for how in ("balanced", "one"))
+    assert balanced["least_bytes"] - one["least_bytes"] == 15 * 4096 * 1408 * 2
+    assert one["counted_bytes"] < balanced["counted_bytes"]

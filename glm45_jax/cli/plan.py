@@ -25,7 +25,7 @@ TpuChip = Literal["v5e", "v5p", "v6e", "tpu7x"]
 class Kernels:
     """Compiles the TPU kernels of a model for named chips, without them, and counts the bytes that they move.
 
-    Bytes are counted from the index maps and the copies, for balanced groups; "least" is every operand read once and
+    Bytes are counted from the index maps and the copies; "least" is every operand read once and
     every result written once. Slots are the share of the matrix unit's that the compiler's static schedule fills; it
     knows no waiting for memory, so the time of the counted bytes at the memory's speed stands beside it. XLA's own
     operations around a kernel (MB, rough) come on top. Needs the extra: pip install 'glm45-jax[aot]'.
@@ -46,6 +46,8 @@ class Kernels:
     """Experts that a device holds."""
     rows: int = 8192
     """Rows that are routed to them in training."""
+    groups: Literal["balanced", "zipf", "one"] = "balanced"
+    """How they are spread over the experts: evenly, the i-th expert's share as 1 / i, or all on one."""
     tokens: int = 8192
     """Tokens of a device in training."""
     sequence: int = 4096
@@ -64,7 +66,7 @@ def _reports(args: Kernels) -> list[Report]:
     from pallas_kernels.analysis.report import examine
     from pallas_kernels.analysis.schedule import Worker
 
-    sizes = {name: getattr(args, name) for name in ("model", "rows", "experts", "tokens", "sequence")}
+    sizes = {name: getattr(args, name) for name in ("model", "rows", "experts", "groups", "tokens", "sequence")}
     options = [tuple({**sizes, "op": op}.items()) for op in args.op or get_args(Op)]
     sources = [Source("glm45_jax.plan.kernels", "kernel_cases", o) for o in options]
     work = [(case, source, chip) for source in sources for case in source.cases() for chip in args.chip]

@@ -34,11 +34,13 @@ class Sizes:
       rows: routed rows of a device in training (tokens times experts per token, over the devices).
       experts: held by the device.
       decoded: tokens of the decoding steps.
+      groups: how the rows are spread over the experts, "balanced", "zipf" or "one".
       tokens, sequence: of a device in training; the sequence also is what the KV cache holds of each decoded one.
     """
 
     rows: int = 8192
     experts: int = 16
+    groups: str = "balanced"
     decoded: tuple[int, ...] = (1, 8, 64, 256)
     tokens: int = 8192
     sequence: int = 4096
@@ -94,9 +96,18 @@ def gradient_of(f: Callable[..., Any], *which: int) -> Callable[..., Any]:
     return gradient
 
 
-def balanced(rows: int, groups: int) -> np.ndarray:
-    """Group sizes as equal as can be."""
-    return np.diff(np.arange(groups + 1) * rows // groups).astype(np.int32)
+def group_sizes(rows: int, groups: int, how: str) -> np.ndarray:
+    """Sizes that sum to `rows`: "balanced", as equal as can be; "zipf", the i-th group's as 1 / i; "one", all in one."""
+    share = {"balanced": np.ones(groups), "zipf": 1 / np.arange(1, groups + 1), "one": np.eye(groups)[groups // 2]}
+    if how not in share:
+        raise ValueError(f"groups are {', '.join(share)}, not {how!r}")
+    ends = np.cumsum(share[how]) / share[how].sum() * rows
+    return np.diff(np.round(ends).astype(np.int32), prepend=np.int32(0))
+
+
+def _touched(groups: np.ndarray) -> float:
+    """The share of groups that have rows: the others' weights need not be read."""
+    return float((groups > 0).mean())
 
 
 def _shape(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -113,31 +124,35 @@ def _grouped_matmul(c: ModelConfig, s: Sizes, implementation: Any) -> Iterator[C
     """The experts' down projection, and its two gradients."""
     m, d, f, e = s.rows, c.hidden_size, c.moe_intermediate_size, s.experts
     lhs, rhs, dout = _shape(s.dtype, m, f), _shape(s.dtype, e, d, f), _shape(s.dtype, m, d)
-    groups, flops = balanced(m, e), 2.0 * m * d * f
+    groups, flops = group_sizes(m, e, s.groups), 2.0 * m * d * f
 
     def op(lhs, rhs, groups):
         return pallas_kernels.grouped_matmul(lhs, rhs, groups, transpose_rhs=True, implementation=implementation)
 
     what = f"[{m}, {f}] x [{e}, {d}, {f}]"
-    yield _case(f"grouped_matmul/forward, {what}", op, (lhs, rhs, groups), flops)
-    least = nbytes(lhs, rhs, dout)
+    rows = nbytes(lhs, dout, groups)
+    least = rows + nbytes(rhs) * _touched(groups)
+    yield _case(f"grouped_matmul/forward, {what}", op, (lhs, rhs, groups), flops, least)
     yield _case(f"grouped_matmul/dlhs, {what}", gradient_of(op, 0), (lhs, rhs, groups, dout), flops, least)
+    least = rows + nbytes(rhs)  # experts without rows get a gradient of zeros
     yield _case(f"grouped_matmul/drhs, {what}", gradient_of(op, 1), (lhs, rhs, groups, dout), flops, least)
 
 
 def _grouped_swiglu(c: ModelConfig, s: Sizes, implementation: Any) -> Iterator[Case]:
     m, d, f, e = s.rows, c.hidden_size, c.moe_intermediate_size, s.experts
     lhs, weight, dout = _shape(s.dtype, m, d), _shape(s.dtype, e, f, d), _shape(s.dtype, m, f)
-    groups, product = balanced(m, e), 2.0 * m * d * f
+    groups, product = group_sizes(m, e, s.groups), 2.0 * m * d * f
 
     def op(lhs, gate, up, groups):
         return pallas_kernels.grouped_swiglu(lhs, gate, up, groups, transpose_rhs=True, implementation=implementation)
 
     what = f"[{m}, {d}] x 2 [{e}, {f}, {d}]"
     args = (lhs, weight, weight, groups)
-    yield _case(f"grouped_swiglu/forward, {what}", op, args, 2 * product)
+    read = nbytes(lhs, dout, groups) + nbytes(weight, weight) * _touched(groups)  # dout, or the result
+    yield _case(f"grouped_swiglu/forward, {what}", op, args, 2 * product, read)
     # both products again, and of each the gradients of its two sides
-    yield _case(f"grouped_swiglu/backward, {what}", gradient_of(op, 0, 1, 2), (*args, dout), 6 * product)
+    least = read + nbytes(lhs, weight, weight)
+    yield _case(f"grouped_swiglu/backward, {what}", gradient_of(op, 0, 1, 2), (*args, dout), 6 * product, least)
 
 
 def _fused_moe(c: ModelConfig, s: Sizes, implementation: Any) -> Iterator[Case]:

@@ -34,6 +34,11 @@ class Case:
     flops: float | None = None
     platform: str = "tpu"
 
+    def __post_init__(self) -> None:
+        for name in ("least_bytes", "flops"):  # computed with NumPy, as likely as not
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
+
     @property
     def op(self) -> str:
         return self.name.split("/")[0]
