@@ -82,7 +82,9 @@ def flash_attention(
         check_tiling(tiling)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     known = int(q_offset) if not isinstance(q_offset, jax.core.Tracer) and jnp.ndim(q_offset) == 0 else None
-    problem = Problem(causal, scale, known, chip, tiling)
+    own_keys = kv_segment_ids is None and (segments is None or q.shape[2] == k.shape[2])
+    all_see = own_keys and (not causal or (known is not None and known >= 0))
+    problem = Problem(causal, scale, known, chip, tiling, all_see)
     if not q.size or not k.shape[2]:
         out, lse = reference.forward(q, k, v, segments, q_offset, problem=problem)
     else:

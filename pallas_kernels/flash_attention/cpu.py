@@ -29,15 +29,15 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
     """[B, H, S, D], [B, K, T, D] twice -> [B, H, S, D] and the log-sum-exp [B, H, S]."""
 
     def one(place, segments, q):
-        bias = place.bias(segments)
-        scores = _scores(q, k[:, :, : place.end], bias, problem)
+        scores = _scores(q, k[:, :, : place.end], place.bias(segments), problem)
         largest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = weights.sum(-1, keepdims=True)
         out = _product("bkrt,bktd->bkrd", _merge(weights).astype(v.dtype), v[:, :, : place.end]).reshape(q.shape)
-        some = bias.max(-1, keepdims=True) == 0  # what sees nothing weighs all keys alike
-        lse = jnp.where(some, largest + jnp.log(total), SEES_NOTHING)
-        return (jnp.where(some, out / total, 0).astype(q.dtype), lse[..., 0]), ()
+        out, lse = out / total, largest + jnp.log(total)
+        if not problem.all_see_a_key:  # what sees nothing weighs all keys alike
+            out, lse = jnp.where(largest > _UNSEEN, out, 0), jnp.where(largest > _UNSEEN, lse, SEES_NOTHING)
+        return (out.astype(q.dtype), lse[..., 0]), ()
 
     (out, lse), _ = _in_chunks(one, [_grouped(q, k)], k.shape[2], segments, q_offset, problem, ())
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])

@@ -42,6 +42,7 @@ class Problem:
     Attributes:
       scale: of the scores, before the softmax.
       q_offset: None where it is only known when the program runs.
+      all_see_a_key: known of every query; on CPU it saves a seventh of the forward pass.
     """
 
     causal: bool
@@ -49,6 +50,7 @@ class Problem:
     q_offset: int | None = 0
     chip: str | None = None
     tiling: Tiling | None = None
+    all_see_a_key: bool = False
 
     def last_key(self, query: Array, keys: int, q_offset: Int[Array, ""] | int) -> Array:
         """The last key that a query may see for its place: -1, or below, for none."""
