@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from glm45_jax.cli import main
-from glm45_jax.plan.kernels import group_sizes, kernel_cases
+from glm45_jax.config import get_preset
+from glm45_jax.plan.kernels import Sizes, cases_of, group_sizes, kernel_cases
 from pallas_kernels.analysis.timing import random_arrays, time_by_turns
 
 SMALL = ("--rows", "64", "--tokens", "32", "--sequence", "32", "--experts", "4")
@@ -90,6 +91,25 @@ def test_the_calls_run() -> None:
     for case in kernel_cases("tiny", rows=64, tokens=32, sequence=32, experts=4, decoded=(1, 4), dtype="float32"):
         out = jax.jit(case.function)(*random_arrays(case.arguments))
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out)), case.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["decode", "mixed"])
+def test_what_plan_counts_is_what_the_interpreter_performs(which: str) -> None:
+    """For the kernel that moves everything by copies of its own, at small widths."""
+    from pallas_kernels.analysis import count_traffic, performed_copies
+    from pallas_kernels.analysis.traffic import described
+
+    config = get_preset("tiny", num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    sizes = Sizes(decoded=(3,), tokens=48, sequence=48, page_size=16, dtype="float32")
+    (case,) = [c for c in cases_of(config, sizes, "paged_attention", "tpu") if f"/{which}," in c.name]
+    with described("v5p"):
+        performed = performed_copies(case.function, *random_arrays(case.arguments))
+    (kernel,) = count_traffic(case.function, *case.arguments, chip="v5p").kernels
+    own = [o for o in kernel.operands if not o.fetches]
+    assert performed.copies == kernel.copies_started > 0
+    assert performed.read_bytes == sum(o.read_bytes for o in own)
+    assert performed.written_bytes == sum(o.written_bytes for o in own)
 
 
 def test_groups() -> None:

@@ -23,8 +23,6 @@ from glm45_jax.config import ModelConfig, get_preset
 from pallas_kernels.analysis.cases import Case
 from pallas_kernels.analysis.kernel import item_bytes
 
-PAGE_SIZE = 64  # tokens of a page of the KV cache
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -35,6 +33,7 @@ class Sizes:
       experts: held by the device.
       decoded: tokens of the decoding steps.
       groups: how the rows are spread over the experts, "balanced", "zipf" or "one".
+      page_size: tokens of a page of the KV cache.
       tokens, sequence: of a device in training; the sequence also is what the KV cache holds of each decoded one.
     """
 
@@ -44,6 +43,7 @@ class Sizes:
     decoded: tuple[int, ...] = (1, 8, 64, 256)
     tokens: int = 8192
     sequence: int = 4096
+    page_size: int = 64
     dtype: str = "bfloat16"
 
 
@@ -97,7 +97,7 @@ def gradient_of(f: Callable[..., Any], *which: int) -> Callable[..., Any]:
 
 
 def group_sizes(rows: int, groups: int, how: str) -> np.ndarray:
-    """Sizes that sum to `rows`: "balanced", as equal as can be; "zipf", the i-th group's as 1 / i; "one", all in one."""
+    """Sizes that sum to `rows`: "balanced", as equal as can be; "zipf", the i-th as 1 / i; "one", all in one."""
     share = {"balanced": np.ones(groups), "zipf": 1 / np.arange(1, groups + 1), "one": np.eye(groups)[groups // 2]}
     if how not in share:
         raise ValueError(f"groups are {', '.join(share)}, not {how!r}")
@@ -193,13 +193,13 @@ def _flash_attention(c: ModelConfig, s: Sizes, implementation: Any) -> Iterator[
 def _paged_attention(c: ModelConfig, s: Sizes, implementation: Any) -> Iterator[Case]:
     """A decoding step, every row at the full sequence, and a chunk of a prompt among decoding rows."""
     h, kv, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    per_row = -(-s.sequence // PAGE_SIZE)
+    per_row = -(-s.sequence // s.page_size)
     rows = max(t for t in s.decoded if t <= 64)
     chunk = min(512, s.sequence)
     for what, new in {"decode": [1] * rows, "mixed": [chunk] + [1] * (rows - 1)}.items():
         n = sum(new)
         q, k = _shape(s.dtype, n, h, size), _shape(s.dtype, n, kv, size)
-        pages = _shape(s.dtype, rows * per_row, kv, PAGE_SIZE, 2 * size)
+        pages = _shape(s.dtype, rows * per_row, kv, s.page_size, 2 * size)
         table = np.arange(rows * per_row, dtype=np.int32).reshape(rows, per_row)
         lengths, starts = np.full(rows, s.sequence, np.int32), np.cumsum([0, *new]).astype(np.int32)
 
