@@ -122,6 +122,7 @@ def test_groups() -> None:
         group_sizes(1, 1, "some")
 
 
+@pytest.mark.slow
 def test_plan_of_skewed_groups(capsys) -> None:
     """All rows on one expert: the other experts' weights need not be read, nor are they counted as needed."""
     args = ("plan", "kernels", "--op", "grouped_matmul", "--no-compile", "--json", "--groups")
