@@ -39,10 +39,10 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
     stages, keys = 2, work.block_kv
     ids = segment_arrays(work, segments)
     buffers = [mosaic_gpu.swizzled((stages, keys, work.head_dim), k.dtype)] * 2
-    q_buffers = [mosaic_gpu.swizzled((1, QUERIES, work.head_dim), q.dtype)]
+    q_buffers = [mosaic_gpu.swizzled((stages, QUERIES, work.head_dim), q.dtype)]
     if ids:
         buffers.append(plgpu.SMEM((stages, keys), jnp.int32))
-        q_buffers.append(plgpu.SMEM((1, QUERIES), jnp.int32))
+        q_buffers.append(plgpu.SMEM((stages, QUERIES), jnp.int32))
     kernel = mosaic_gpu.kernel(
         functools.partial(_kernel, work=work),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
@@ -51,7 +51,7 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
             "buffers": buffers,
             "barriers": Ring.barriers(stages, len(buffers)),
             "q_buffers": q_buffers,
-            "q_barriers": Ring.barriers(1, len(q_buffers)),
+            "q_barriers": Ring.barriers(stages, len(q_buffers)),
             "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
             "whole": Store.whole_buffer(q.dtype),
             "lse_buffer": plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),

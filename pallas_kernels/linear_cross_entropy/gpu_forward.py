@@ -41,8 +41,8 @@ def forward(hidden, head, targets, *, problem: Problem):
         scratch_types={
             "buffers": [mosaic_gpu.swizzled((STAGES, *tile), hidden.dtype) for tile in ((TOKENS, depth), head_tile)],
             "barriers": Ring.barriers(STAGES, 2),
-            "target_buffer": plgpu.SMEM((1, TOKENS), jnp.int32),
-            "target_barriers": Ring.barriers(1, 1),
+            "target_buffer": plgpu.SMEM((2, TOKENS), jnp.int32),
+            "target_barriers": Ring.barriers(2, 1),
             "results": plgpu.SMEM((COMPUTE_WARPGROUPS, numbers, WARPGROUP_ROWS), jnp.float32),
         },
         approx_math=True,

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_gpu
+
 HAS_INTERPRETER = hasattr(plgpu, "force_gpu_interpret_mode")
 needs_interpreter = pytest.mark.skipif(
     not HAS_INTERPRETER, reason="the Mosaic GPU interpreter is public from jax 0.12 on (docs/kernels/gpu.md)"
@@ -24,7 +26,10 @@ needs_interpreter = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """GPU kernels traced in here run on the CPU; a race between warpgroups or copies raises."""
+    """GPU kernels traced in here run on the CPU; a race between warpgroups or copies raises.
+
+    On two multiprocessors, so that each goes through several tiles and uses its buffers again.
+    """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 
     interpreter = jaxpr_interpret.JaxprInterpreter
@@ -36,6 +41,7 @@ def interpreted() -> Iterator[None]:
 
     with (
         mock.patch.object(interpreter, "_interpret_wgmma_ref_p", wgmma),
+        mock.patch.object(mosaic_gpu, "_MULTIPROCESSORS", 2),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
     ):
         try:

@@ -45,5 +45,5 @@ def test_values_and_gradients(transpose: bool) -> None:
 
 def test_buffers_fit_shared_memory() -> None:
     loaded = (gpu_forward.TOKENS + gpu_forward.COLUMNS) * mosaic_gpu.SWIZZLE_BYTES
-    kept = gpu_forward.TOKENS * 4 * (1 + 4)  # targets, four numbers
+    kept = gpu_forward.TOKENS * 4 * (2 + 4)  # two tiles' targets, four numbers
     assert gpu_forward.STAGES * loaded + kept <= mosaic_gpu.shared_memory_bytes()
