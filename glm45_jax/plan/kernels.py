@@ -82,7 +82,7 @@ def gradient_of(f: Callable[..., Any], *which: int) -> Callable[..., Any]:
     """(arguments..., cotangent) -> the gradients of the arguments `which`; the others are not differentiated."""
 
     def gradient(*args: Any) -> Any:
-        *args, cotangent = args
+        args, cotangent = args[:-1], args[-1]
 
         def of(*chosen: Any) -> Any:
             full = list(args)

@@ -122,7 +122,7 @@ def compile_for(chip: str, fn: Callable[..., Any], *args: Any) -> Compiled:
     with jax.set_mesh(mesh):
         traced = jax.jit(lambda *xs: fn(*xs)).trace(*placed)
         compiled = traced.lower(lowering_platforms=("cuda" if gpu else "tpu",)).compile(compiler_options=options)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Compiled(
         time.perf_counter() - start,
         time.process_time() - busy,
@@ -135,7 +135,8 @@ def compile_for(chip: str, fn: Callable[..., Any], *args: Any) -> Compiled:
 def program_hash(chip: str, fn: Callable[..., Any], *args: Any) -> str:
     """A hash of the program lowered for the chip, the same wherever its source lies. Needs no compiler."""
     platform = "cuda" if named_chip(chip).platform == "gpu" else "tpu"
-    before = jax.config.jax_traceback_in_locations_limit
+    config: Any = jax.config
+    before = config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)  # a kernel carries the lines that it comes from with it
     try:
         with described(chip):

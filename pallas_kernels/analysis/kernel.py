@@ -52,8 +52,8 @@ class Ref:
 
     name: str
     aval: Any
-    contents: np.ndarray | None = None
-    valid: np.ndarray | None = None  # which of the contents are known
+    contents: Any = None  # an array, or None
+    valid: Any = None  # which of the contents are known
 
     @staticmethod
     def of(name: str, aval: Any, value: Any = UNKNOWN) -> Ref:
@@ -64,12 +64,16 @@ class Ref:
         return Ref(name, aval)
 
 
+def _zeros() -> collections.defaultdict[str, float]:
+    return collections.defaultdict(float)
+
+
 @dataclasses.dataclass
 class Copies:
     """Bytes that a kernel's own copies move between main memory and the chip, by what they read or write."""
 
-    read: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    written: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    read: collections.defaultdict[str, float] = dataclasses.field(default_factory=_zeros)
+    written: collections.defaultdict[str, float] = dataclasses.field(default_factory=_zeros)
     started: int = 0
     flops: float = 0
 
@@ -110,7 +114,9 @@ class KernelWalk(Interpreter):
 
     def _get(self, eqn: Any, args: list[Any]) -> list[Any]:
         ref, transforms = args[0], jax.tree.unflatten(eqn.params["tree"], args[1:])
-        where = index_of(transforms) if isinstance(ref, Ref) and ref.contents is not None else None
+        if not isinstance(ref, Ref) or ref.contents is None:
+            return [UNKNOWN]
+        where = index_of(transforms)
         if where is None:
             return [UNKNOWN]
         some = any(isinstance(i, Lanes) for i in where)

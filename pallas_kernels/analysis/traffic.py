@@ -231,8 +231,8 @@ def _prefetch(name: str, aval: Any, value: Any) -> OperandTraffic:
 def _with_copies(row: OperandTraffic, copies: Copies) -> OperandTraffic:
     return dataclasses.replace(
         row,
-        read_bytes=row.read_bytes + copies.read[row.name],
-        written_bytes=row.written_bytes + copies.written[row.name],
+        read_bytes=row.read_bytes + copies.read.get(row.name, 0.0),
+        written_bytes=row.written_bytes + copies.written.get(row.name, 0.0),
     )
 
 
@@ -292,7 +292,7 @@ def _placed(index: Any, dim: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(index.start), np.asarray(index.size)
     if dim is None or kind == "Squeezed":
         return index, np.ones((), np.int64)
-    extent = np.asarray(dim if isinstance(dim, int) else dim.block_size, np.int64)
+    extent = np.asarray(getattr(dim, "block_size", dim), np.int64)
     if kind == "Element":
         return index - dim.padding[0], extent
     return index * extent, extent
