@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.model.attention import keys_values, output, queries
-from glm45_jax.model.layers import linear, rms_norm, rotary_tables, swiglu
+from glm45_jax.model.layers import linear, matmul_t, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import Routing, moe
 from glm45_jax.model.params import Params, merge, merge_outer, stacked_kinds
 from pallas_kernels import flash_attention
@@ -176,8 +176,7 @@ def head_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
 
 def head_logits(hidden: Float[Array, "*n D"], weight: Float[Array, "V D"]) -> Float[Array, "*n V"]:
     """Logits in float32."""
-    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, weight.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+    return matmul_t(hidden, weight.astype(hidden.dtype), jnp.float32)
 
 
 # --- multi-token prediction ----------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The routed experts of a few tokens as a loop over the experts chosen: portable XLA, made for the CPU.
 
 XLA's CPU backend reads the weights where they lie, at memory speed, when a product is written as a vector times a
-transposed slice; in any other form it copies the slice first. A product with 2 to 16 rows packs the weights and takes
-as long as three or four passes over them, however many its rows. So an expert with few rows goes row by row, one with
-more as a block.
+transposed slice; in any other form it copies the slice first. So the rows of an expert that has few of them are
+vectors, one after another while its weights are still in the cache. More rows are one product, with the weights on its
+left, because XLA packs the right side, and in two halves, because each copy is one thread's work.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from pallas_kernels.fused_moe.reference import local_experts
 from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.grouped_matmul.cpu import matrix_of
 
-_BLOCK = 16
+_COUNTS = (1, 2, 3, 4, 8, 16)  # the numbers of rows for which there is a product
+_BLOCK = _COUNTS[-1]
 _ROW_BY_ROW = 4
 
 
@@ -27,13 +30,17 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
         def product(lhs, which):
             stack, scale = matrices[which], scales[which]
             matrix, axis = matrix_of(stack, scale, layer, e, transpose_rhs=transpose_rhs, dtype=x.dtype)
-            return jnp.matmul(lhs, matrix.T if axis == 1 else matrix, preferred_element_type=jnp.float32)
+            matrix = matrix if axis == 1 else matrix.T
+            if lhs.shape[0] <= _ROW_BY_ROW:
+                return jnp.stack([jnp.matmul(row, matrix.T, preferred_element_type=jnp.float32) for row in lhs])
+            halves = jnp.array_split(matrix, 2)
+            return jnp.concatenate([jnp.matmul(half, lhs.T, preferred_element_type=jnp.float32) for half in halves]).T
 
         hidden = jax.nn.silu(product(rows, 0)) * product(rows, 1)
         return product(hidden.astype(x.dtype), 2)
 
     if num_tokens == 1 and offset is None:
-        out = jax.lax.map(lambda e: expert(x[0], e), indices[0])
+        out = jax.lax.map(lambda e: expert(x, e)[0], indices[0])
         return (weights[0] @ out)[None].astype(x.dtype)
 
     num_rows, num_experts = num_tokens * top_k, matrices[0].shape[1]
@@ -41,17 +48,15 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
     order = jnp.argsort(local, stable=True)
     token = jnp.pad(order // top_k, (0, _BLOCK))
     sizes = jnp.bincount(local, length=num_experts + 1)[:num_experts]  # rows of other shards' experts come last
-    work = blocks.cut(sizes, num_rows, _BLOCK, singles=_ROW_BY_ROW)
+    work = blocks.cut(sizes, num_rows, _BLOCK)
 
-    def one_row(start, e):
-        return jnp.pad(expert(x[token[start]], e)[None], ((0, _BLOCK - 1), (0, 0)))
-
-    def as_block(start, e):
-        return expert(x[jax.lax.dynamic_slice_in_dim(token, start, _BLOCK)], e)
+    def block(n, start, e):
+        y = expert(x[jax.lax.dynamic_slice_in_dim(token, start, n)], e)
+        return jnp.pad(y, ((0, _BLOCK - n), (0, 0)))
 
     def step(i, out):
-        start = work.start[i]
-        y = jax.lax.cond(work.rows[i] == 1, one_row, as_block, start, work.group[i])
+        start, which = work.start[i], jnp.searchsorted(jnp.array(_COUNTS), work.rows[i])
+        y = jax.lax.switch(which, [functools.partial(block, n) for n in _COUNTS], start, work.group[i])
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)  # a later block overwrites what lies past this one
 
     out = jax.lax.fori_loop(0, work.count, step, jnp.zeros((num_rows + _BLOCK, x.shape[1]), jnp.float32))
