@@ -109,7 +109,7 @@ def kernel(frame: Frame, experts, tokens, count, layer, x, rank, weight, *refs):
 
     @pl.when(item < count[0])
     def _():
-        steps = pl.cdiv(tokens[item], frame.tiling.rows)
+        steps = jax.lax.div(tokens[item] + frame.tiling.rows - 1, frame.tiling.rows)
         scaling = tpu_scale.Scaling(frame.scale_kinds, factors)
 
         @pl.when(s == 0)

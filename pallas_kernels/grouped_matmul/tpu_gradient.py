@@ -42,7 +42,7 @@ def run(
     visits = work.over_groups(group_sizes, first_row, num_rows, tiling.rows)
     *scalars, lhs, dout = varying_alike(*visits, lhs, dout)
     block = (tiling.contracted, tiling.columns)
-    tile_of = lambda s, i: work.Work(*s).tile[i]  # noqa: E731
+    tile_of = lambda s, i: work.Work(*s).tile[0, i]  # noqa: E731
     transposed = pltpu.VMEM((tiling.chunk, tiling.step), lhs.dtype)
     sums = [pltpu.VMEM(block, jnp.float32)] * (jnp.dtype(dtype) != jnp.float32)
     return pl.pallas_call(
@@ -55,7 +55,7 @@ def run(
                 pl.BlockSpec((tiling.rows, block[0]), lambda k, n, i, *s: (tile_of(s, i), k)),
                 pl.BlockSpec((tiling.rows, block[1]), lambda k, n, i, *s: (tile_of(s, i), n)),
             ],
-            out_specs=pl.BlockSpec((None, *block), lambda k, n, i, *s: (work.Work(*s).region[i], k, n)),
+            out_specs=pl.BlockSpec((None, *block), lambda k, n, i, *s: (work.Work(*s).region[0, i], k, n)),
             scratch_shapes=[transposed, transposed, pltpu.VMEM((tiling.step, block[1]), lhs.dtype), *sums],
         ),
         compiler_params=tpu_params(chip, "parallel", "parallel", "arbitrary"),
@@ -65,13 +65,14 @@ def run(
 
 def _kernel(tiling, region, tile, matrix, bounds, count, lhs, dout, out, even, odd, ours, *sums):
     i = pl.program_id(2)
-    mine = region[i]
-    is_first_visit = (i == 0) | (mine != region[jnp.maximum(i - 1, 0)])
-    start = tile[i] * tiling.rows
-    low, high = bounds[mine] - start, bounds[mine + 1] - start
+    mine = region[0, i]
+    is_first_visit = (i == 0) | (mine != region[0, jnp.maximum(i - 1, 0)])
+    start = tile[0, i] * tiling.rows
+    low, high = bounds[0, mine] - start, bounds[0, mine + 1] - start
     total = sums[0] if sums else out
-    first = jnp.clip(low, 0, tiling.rows - tiling.step) // tiling.step
-    last = jnp.maximum((jnp.minimum(high, tiling.rows) + tiling.step - 1) // tiling.step, first + 1)  # zeros at least
+    first = jax.lax.div(jnp.clip(low, 0, tiling.rows - tiling.step), tiling.step)
+    last = jax.lax.div(jnp.minimum(high, tiling.rows) + tiling.step - 1, tiling.step)
+    last = jnp.maximum(last, first + 1)  # zeros at least
 
     def step(s, _):
         at = pl.ds(pl.multiple_of(s * tiling.step, tiling.step), tiling.step)

@@ -71,26 +71,27 @@ def run(
     )  # fmt: skip
     tiling = tiling or tilings.tile_rows(shape, chip)
     sizes, first_row, layer = groups
-    visits = work.over_all_rows(sizes, first_row, num_rows, tiling.rows)
+    cores = min(chip.cores, -(-num_rows // tiling.rows))
+    visits = work.over_all_rows(sizes, first_row, num_rows, tiling.rows, cores)
     kinds, scales = tpu_scale.lay_out(scales, rhs, transpose_rhs=transpose_rhs)
     given = [x for x in scales if x is not None]
     scalars = (*visits, layer[None])
     inputs = varying_alike(*scalars, *lhs, *rhs, *given, *beside)
-    frame = _Frame(
-        kernel, tiling, operands, tuple(kinds), transpose_rhs, -(-contracted // tiling.contracted), num_groups
-    )
-    grid = (-(-columns // tiling.columns), inputs[len(visits) - 1][0], frame.steps_contracted)
+    chunk = tilings.column_chunk(tiling, len(kernel.pairs), chip)
+    steps_contracted = -(-contracted // tiling.contracted)
+    frame = _Frame(kernel, tiling, chunk, operands, tuple(kinds), transpose_rhs, steps_contracted, num_groups)
+    most_visits = jnp.max(inputs[len(visits) - 1])
     return pl.pallas_call(
         functools.partial(_kernel, frame),
         out_shape=[kernel_output((num_rows, columns), dtype, inputs[0]) for dtype in kernel.out_dtypes],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=grid,
+            grid=(cores, -(-columns // tiling.columns), most_visits, frame.steps_contracted),
             in_specs=_in_specs(frame, given),
             out_specs=[_columns_spec(frame)] * len(kernel.out_dtypes),
             scratch_shapes=_scratch(frame, lhs[0].dtype),
         ),
-        compiler_params=tpu_params(chip, "parallel", "arbitrary", "arbitrary"),
+        compiler_params=tpu_params(chip, "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name=kernel.name,
     )(*inputs)
 
@@ -101,6 +102,7 @@ class _Frame:
 
     kernel: RowKernel
     tiling: tilings.Tiling
+    chunk: int
     operands: tuple[int, int, int, int]
     scale_kinds: tuple[str | None, ...]
     transpose_rhs: bool
@@ -114,19 +116,20 @@ class _Frame:
 
 
 def _columns_spec(frame: _Frame) -> pl.BlockSpec:
-    return pl.BlockSpec((frame.tiling.rows, frame.tiling.columns), lambda n, i, k, *s: (work.Work(*s[:5]).tile[i], n))
+    return pl.BlockSpec(
+        (frame.tiling.rows, frame.tiling.columns), lambda c, n, i, k, *s: (work.Work(*s[:5]).tile[c, i], n)
+    )
 
 
 def _in_specs(frame: _Frame, scales: Sequence[jax.Array]) -> list[pl.BlockSpec]:
     num_lhs, num_rhs, num_beside, _ = frame.operands
 
-    def matrix_index(n, i, k, *scalars):
+    def matrix_index(c, n, i, k, *scalars):
         place = (n, k) if frame.transpose_rhs else (k, n)
-        return scalars[5][0], work.Work(*scalars[:5]).matrix[i], *place
+        return scalars[5][0], work.Work(*scalars[:5]).matrix[c, i], *place
 
-    rows = pl.BlockSpec(
-        (frame.tiling.rows, frame.tiling.contracted), lambda n, i, k, *s: (work.Work(*s[:5]).tile[i], k)
-    )
+    tile_of = lambda c, n, i, k, *s: (work.Work(*s[:5]).tile[c, i], k)  # noqa: E731
+    rows = pl.BlockSpec((frame.tiling.rows, frame.tiling.contracted), tile_of)
     matrix = pl.BlockSpec((None, None, *frame.matrix_block), matrix_index)
     kinds = [kind for kind in frame.scale_kinds if kind is not None]
     factors = [tpu_scale.block_spec(kind, scale, frame.tiling) for kind, scale in zip(kinds, scales)]
@@ -145,42 +148,39 @@ def _kernel(frame: _Frame, region, tile, matrix, bounds, count, layer, *refs):
     num_lhs, num_rhs, num_beside, num_out = frame.operands
     num_scales = sum(kind is not None for kind in frame.scale_kinds)
     lhs, rhs, factors, beside, out, scratch = _split(refs, num_lhs, num_rhs, num_scales, num_beside, num_out)
-    i, k = pl.program_id(1), pl.program_id(2)
-    mine = region[i]
-    start = tile[i] * frame.tiling.rows
-    low, high = bounds[mine] - start, bounds[mine + 1] - start
+    core, i, k = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    mine = region[core, i]
+    start = tile[core, i] * frame.tiling.rows
+    low, high = bounds[core, mine] - start, bounds[core, mine + 1] - start
     sums = scratch[0] if frame.steps_contracted > 1 else None
     factors = tpu_scale.by_matrix(frame.scale_kinds, factors)
     if num_scales:
-        is_new = (i == 0) | (matrix[i] != matrix[jnp.maximum(i - 1, 0)]) | (frame.steps_contracted > 1)
+        before = matrix[core, jnp.maximum(i - 1, 0)]
+        is_new = (i == 0) | (matrix[core, i] != before) | (frame.steps_contracted > 1)
         dense = tpu_scale.by_matrix(frame.scale_kinds, scratch[len(scratch) - num_scales :])
         pl.when(is_new)(lambda: _dequantise(frame, dense, rhs, factors))
         rhs = [given if made is None else made for given, made in zip(rhs, dense)]
     scaling = tpu_scale.Scaling(frame.scale_kinds, factors)
 
     def multiply(at, inside):
-        products = [_product(lhs[a], rhs[b], at, frame, scaling, b) for a, b in frame.kernel.pairs]
-        if sums is None:
-            _store(frame, products, beside, out, at, inside)
-            return
-        for p, product in enumerate(products):
-            sums[p, at, :] = jnp.where(k == 0, 0.0, sums[p, at, :]) + product
+        def chunk(c, _):
+            columns = pl.ds(pl.multiple_of(c * frame.chunk, frame.chunk), frame.chunk)
+            products = [_product(lhs[a], rhs[b], at, columns, frame, scaling, b) for a, b in frame.kernel.pairs]
+            _finish(frame, products, sums, beside, out, at, columns, inside, k)
 
-        @pl.when(k == frame.steps_contracted - 1)
-        def _():
-            _store(frame, [sums[p, at, :] for p in range(len(products))], beside, out, at, inside)
+        jax.lax.fori_loop(0, frame.tiling.columns // frame.chunk, chunk, None)
 
     def clear(at, inside):
         for o in out:
             o[at, :] = jnp.where(inside, 0, o[at, :].astype(jnp.float32)).astype(o.dtype)
 
-    in_a_group = (mine > 0) & (mine <= frame.num_groups)
-    pl.when(in_a_group)(lambda: _for_steps(frame.tiling, low, high, multiply))
-    pl.when(jnp.logical_not(in_a_group))(lambda: _for_steps(frame.tiling, low, high, clear))
+    in_a_group, is_visit = (mine > 0) & (mine <= frame.num_groups), i < count[core]
+    pl.when(is_visit & in_a_group)(lambda: _for_steps(frame.tiling, low, high, multiply))
+    pl.when(is_visit & jnp.logical_not(in_a_group))(lambda: _for_steps(frame.tiling, low, high, clear))
 
 
 def _dequantise(frame: _Frame, dense, rhs, factors) -> None:
-    place = pl.program_id(2) * frame.tiling.contracted, pl.program_id(0) * frame.tiling.columns
+    place = pl.program_id(3) * frame.tiling.contracted, pl.program_id(1) * frame.tiling.columns
     for out, quantised, factor, kind in zip(dense, rhs, factors, frame.scale_kinds):
         if kind is not None:
             tpu_scale.fill(out, quantised, factor, kind, *(place[::-1] if frame.transpose_rhs else place))
@@ -193,27 +193,40 @@ def _for_steps(tiling: tilings.Tiling, low: jax.Array, high: jax.Array, do: Call
         row = jax.lax.broadcasted_iota(jnp.int32, (tiling.step, 1), 0) + s * tiling.step
         do(pl.ds(pl.multiple_of(s * tiling.step, tiling.step), tiling.step), (row >= low) & (row < high))
 
-    first = jnp.maximum(low, 0) // tiling.step
-    last = (jnp.minimum(high, tiling.rows) + tiling.step - 1) // tiling.step
+    first = jax.lax.div(jnp.maximum(low, 0), tiling.step)
+    last = jax.lax.div(jnp.minimum(high, tiling.rows) + tiling.step - 1, tiling.step)
     jax.lax.fori_loop(first, last, step, None)
 
 
-def _product(lhs, rhs, at, frame: _Frame, scaling: tpu_scale.Scaling, which: int) -> jax.Array:
+def _product(lhs, rhs, at, columns, frame: _Frame, scaling: tpu_scale.Scaling, which: int) -> jax.Array:
     rows = scaling.of_rows(which, lhs[at, :])
     product = jax.lax.dot_general(
         rows,
-        rhs[...],
+        rhs[columns, :] if frame.transpose_rhs else rhs[:, columns],
         (((1,), (1 if frame.transpose_rhs else 0,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    return scaling.of_columns(which, product)
+    return scaling.of_columns(which, product, columns)
 
 
-def _store(frame: _Frame, products: Products, beside, out, at, inside) -> None:
-    results = frame.kernel.combine(products, [x[at, :].astype(jnp.float32) for x in beside])
+def _finish(frame: _Frame, products: Products, sums, beside, out, at, columns, inside, k) -> None:
+    """Stores what becomes of the products, once they are summed over the whole contracted axis."""
+    if sums is None:
+        _store(frame, products, beside, out, at, columns, inside)
+        return
+    for p, product in enumerate(products):
+        sums[p, at, columns] = jnp.where(k == 0, 0.0, sums[p, at, columns]) + product
+
+    @pl.when(k == frame.steps_contracted - 1)
+    def _():
+        _store(frame, [sums[p, at, columns] for p in range(len(products))], beside, out, at, columns, inside)
+
+
+def _store(frame: _Frame, products: Products, beside, out, at, columns, inside) -> None:
+    results = frame.kernel.combine(products, [x[at, columns].astype(jnp.float32) for x in beside])
     for o, result in zip(out, results):
-        o[at, :] = jnp.where(inside, result, o[at, :].astype(jnp.float32)).astype(o.dtype)
+        o[at, columns] = jnp.where(inside, result, o[at, columns].astype(jnp.float32)).astype(o.dtype)
 
 
 def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:

@@ -43,10 +43,10 @@ def lay_out(
 def block_spec(kind: str, scale: jax.Array, tiling: Any) -> pl.BlockSpec:
     """The part of a scale that goes with a block of the matrix; of a scale per block all of the matrix's."""
     if kind == BLOCKS:
-        return pl.BlockSpec((None, None, *scale.shape[2:]), lambda n, i, k, *s: (s[5][0], s[2][i], 0, 0))
+        return pl.BlockSpec((None, None, *scale.shape[2:]), lambda c, n, i, k, *s: (s[5][0], s[2][c, i], 0, 0))
     size = tiling.columns if kind == COLUMNS else tiling.contracted
     axis = (lambda n, k: n) if kind == COLUMNS else (lambda n, k: k)
-    return pl.BlockSpec((None, None, 1, size), lambda n, i, k, *s: (s[5][0], s[2][i], 0, axis(n, k)))
+    return pl.BlockSpec((None, None, 1, size), lambda c, n, i, k, *s: (s[5][0], s[2][c, i], 0, axis(n, k)))
 
 
 def by_matrix(kinds: Sequence[str | None], refs: Sequence[Any]) -> list[Any]:
@@ -61,15 +61,15 @@ class Scaling(NamedTuple):
     kinds: Sequence[str | None]
     factors: Sequence[Any]
 
-    def _of(self, which: int, kind: str) -> jax.Array | None:
-        return self.factors[which][...] if self.kinds[which] == kind else None
+    def _of(self, which: int, kind: str, columns: Any = slice(None)) -> jax.Array | None:
+        return self.factors[which][:, columns] if self.kinds[which] == kind else None
 
     def of_rows(self, which: int, rows: jax.Array) -> jax.Array:
         factor = self._of(which, ROWS)
         return rows if factor is None else (rows.astype(jnp.float32) * factor).astype(rows.dtype)
 
-    def of_columns(self, which: int, product: jax.Array) -> jax.Array:
-        factor = self._of(which, COLUMNS)
+    def of_columns(self, which: int, product: jax.Array, columns: Any = slice(None)) -> jax.Array:
+        factor = self._of(which, COLUMNS, columns)
         return product if factor is None else product * factor
 
 
@@ -83,7 +83,7 @@ def fill(out: Any, quantised: Any, factor: Any, kind: str | None, first_row: Any
         at = pl.ds(pl.multiple_of(s * rows, rows), rows)
         values = quantised[at, :].astype(jnp.float32)
         if expanded is not None:
-            values = values * _row(expanded, first_row // SCALE_BLOCK + s)
+            values = values * _row(expanded, jax.lax.div(jnp.int32(first_row), SCALE_BLOCK) + s)
         out[at, :] = values.astype(out.dtype)
 
     jax.lax.fori_loop(0, num_rows // rows, step, None)
@@ -93,7 +93,7 @@ def _expand_columns(scale: jax.Array, size: int, first: jax.Array) -> jax.Array:
     """[blocks, blocks] -> [blocks, size]: the factors of the columns from `first`, exactly, by a product with ones."""
     block = jax.lax.broadcasted_iota(jnp.int32, (scale.shape[1], size), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (scale.shape[1], size), 1)
-    ones = ((column + first) // SCALE_BLOCK == block).astype(jnp.float32)
+    ones = (jax.lax.div(column + first, SCALE_BLOCK) == block).astype(jnp.float32)
     return jnp.dot(scale, ones, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 

@@ -1,11 +1,12 @@
 """The work list of the TPU's grouped kernels: which tile of rows meets which group, one after another.
 
 Rows lie in regions: those before the groups, each group, those after. A tile that regions share is visited once for
-each, visits side by side, so that it stays in VMEM meanwhile.
+each, visits side by side, so that it stays in VMEM meanwhile. Cores that share a device each have a list of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -14,40 +15,50 @@ from jaxtyping import Array, Int
 
 
 class Work(NamedTuple):
-    """Visits in the order of their rows; only the first `count` of the arrays' entries are visits."""
+    """For each of C cores its visits in the order of their rows; after the last one it is repeated, not to be done."""
 
-    region: Int[Array, " W"]
-    tile: Int[Array, " W"]
-    matrix: Int[Array, " W"]  # the group whose matrix lies in VMEM at this visit
-    bounds: Int[Array, " R1"]  # the rows of region r are bounds[r] to bounds[r + 1]
-    count: Int[Array, " 1"]
+    region: Int[Array, "C W"]
+    tile: Int[Array, "C W"]
+    matrix: Int[Array, "C W"]  # the group whose matrix lies in VMEM at this visit
+    bounds: Int[Array, "C R1"]  # the rows of region r that are this core's are bounds[r] to bounds[r + 1]
+    count: Int[Array, " C"]
 
 
-def over_all_rows(sizes: Int[Array, " E"], first_row: Int[Array, ""], num_rows: int, tile: int) -> Work:
-    """Every row is visited. Region e + 1 is group e; the first and the last region belong to no group."""
+def over_all_rows(sizes: Int[Array, " E"], first_row: Int[Array, ""], num_rows: int, tile: int, cores: int = 1) -> Work:
+    """Every row is visited. Region e + 1 is group e; the first and the last region belong to no group.
+
+    Cores share the tiles evenly; there must be one for each at least.
+    """
     ends = first_row + jnp.cumsum(sizes)
     bounds = jnp.concatenate([jnp.stack([0 * first_row, first_row]), ends, jnp.full(1, num_rows)]).astype(jnp.int32)
-    region, tiles, count = _visits(bounds, num_rows, tile, empty_too=False)
+    num_tiles = -(-num_rows // tile)
+    edges = [min(core * num_tiles // cores * tile, num_rows) for core in range(cores + 1)]
+    lists = [
+        _visits(jnp.clip(bounds, low, high), num_rows, tile, empty_too=False) for low, high in itertools.pairwise(edges)
+    ]
+    own, region, tiles, count = (jnp.stack(x) for x in zip(*lists))
     group = jnp.where((region > 0) & (region <= sizes.shape[0]), region - 1, -1)
     # rows of no group leave in VMEM what lies there, and rows before the groups what will be needed first
-    matrix = jnp.maximum(jax.lax.cummax(group), jnp.argmax(sizes > 0).astype(jnp.int32))
-    return Work(region, tiles, matrix, bounds, count)
+    first = jnp.take_along_axis(group, jnp.argmax(group >= 0, axis=1)[:, None], axis=1)
+    matrix = jnp.maximum(jax.lax.cummax(group, axis=1), jnp.maximum(first, 0))
+    return Work(region, tiles, matrix, own, count)
 
 
 def over_groups(sizes: Int[Array, " E"], first_row: Int[Array, ""], num_rows: int, tile: int) -> Work:
     """Only rows of groups are visited, a group without rows once. Region e is group e."""
     bounds = jnp.concatenate([first_row[None], first_row + jnp.cumsum(sizes)]).astype(jnp.int32)
-    region, tiles, count = _visits(bounds, num_rows, tile, empty_too=True)
-    return Work(region, tiles, region, bounds, count)
+    own, region, tiles, count = (x[None] for x in _visits(bounds, num_rows, tile, empty_too=True))
+    return Work(region, tiles, region, own, count)
 
 
-def _visits(bounds: Int[Array, " R1"], num_rows: int, tile: int, *, empty_too: bool):
+def _visits(bounds: Int[Array, " R1"], num_rows: int, tile: int, *, empty_too: bool) -> tuple[Array, ...]:
+    """The bounds, and region and tile of each visit and how many there are."""
     starts, ends = bounds[:-1], bounds[1:]
     num_tiles, num_regions = -(-num_rows // tile), starts.shape[0]
     first = starts // tile
     visits = jnp.where(ends > starts, (ends + tile - 1) // tile - first, int(empty_too))
     last = jnp.cumsum(visits)
-    index = jnp.arange(num_tiles + num_regions)
+    index = jnp.minimum(jnp.arange(num_tiles + num_regions), last[-1] - 1)
     region = jnp.minimum(jnp.searchsorted(last, index, side="right"), num_regions - 1)
     tiles = jnp.clip(first[region] + index - (last - visits)[region], 0, num_tiles - 1)
-    return region.astype(jnp.int32), tiles.astype(jnp.int32), last[-1:].astype(jnp.int32)
+    return bounds, region.astype(jnp.int32), tiles.astype(jnp.int32), last[-1].astype(jnp.int32)
