@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import glm45_jax as glm
 import pallas_kernels
+from glm45_jax.config import get_preset
 from glm45_jax.plan.kernels import kernel_cases
 from pallas_kernels.analysis.cases import Case, Source, shapes_of
 from pallas_kernels.analysis.compile import compile_for, missing_compiler, prepare_environment, program_hash
@@ -33,6 +36,14 @@ def need_compiler(chip: str) -> None:
     """Skips without the chip's compiler; in continuous integration that is a failure."""
     if why := missing_compiler(chip):
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("false", pytest.skip.Exception)])
+def test_without_a_compiler_only_continuous_integration_fails(ci: str, outcome, monkeypatch) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setitem(globals(), "missing_compiler", lambda chip: "no compiler here")
+    with pytest.raises(outcome, match="no compiler here"):
+        need_compiler("v5p")
 
 
 def double(x: jax.Array) -> jax.Array:
@@ -73,6 +84,41 @@ def test_exported_for_a_tpu_it_is_a_tpu_kernel(case: Case) -> None:
     text = jax.export.export(jax.jit(case.function), platforms=["tpu"])(*shapes).mlir_module()
     assert "tpu_custom_call" in text
     assert "tpu_custom_call" not in jax.jit(case.function).lower(*shapes).as_text()
+
+
+def model_step(name: str):
+    """A program of the whole model, at the least widths that the kernels take, and the shapes of its arguments."""
+    config = get_preset(
+        "tiny", hidden_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=256,
+        moe_intermediate_size=128, vocab_size=512, dtype="bfloat16", param_dtype="bfloat16",
+    )  # fmt: skip
+    params, tokens = glm.abstract_params(config), jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    cache = jax.eval_shape(lambda: glm.init_cache(config, 2, 256))
+    if name == "train":
+        loss = lambda params, tokens: glm.loss_fn(params, config, {"tokens": tokens})[0]  # noqa: E731
+        return jax.grad(loss), (params, tokens)
+    if name == "prefill":
+        return lambda params, cache, tokens: glm.prefill(params, config, cache, tokens), (params, cache, tokens)
+    one = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return lambda params, cache, tokens: glm.decode_step(params, config, cache, tokens), (params, cache, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("train", {"flash_attention", "grouped_matmul", "grouped_swiglu", "linear_cross_entropy"}),
+        ("prefill", {"flash_attention", "grouped_matmul", "grouped_swiglu"}),
+        ("decode", {"fused_moe"}),
+    ],
+    ids=["train", "prefill", "decode"],
+)
+def test_exported_for_a_tpu_the_model_runs_on_kernels(name: str, ops: set[str]) -> None:
+    step, shapes = model_step(name)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+    text = jax.export.export(jax.jit(step), platforms=["tpu"], disabled_checks=checks)(*shapes).mlir_module()
+    kernels = set(re.findall(r'kernel_name = "(\w+)"', text))
+    assert all(any(kernel.startswith(op) for kernel in kernels) for op in ops), kernels
 
 
 def test_a_programs_hash_is_of_what_it_does() -> None:
