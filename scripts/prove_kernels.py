@@ -5,6 +5,7 @@
     python scripts/prove_kernels.py --check                    # only names the rows that are stale
     python scripts/prove_kernels.py --only-cases               # one shape per direction, not the full matrix
 
+Several may run side by side, as with `--chip v5e v5p` and `--chip v6e tpu7x`: about ten processor seconds a row.
 A row is a case of tests/pallas_kernels/aot_cases on a chip, under the version of jax. It keeps a hash of the lowered
 program: a row whose program is the same is left as it is, so an interrupted run goes on where it was.
 """
@@ -13,11 +14,12 @@ program: a row whose program is the same is left as it is, so an interrupted run
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +74,34 @@ def wanted(options: Options) -> Iterator[tuple[Source, Case, str]]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
+    """The rows of this version of jax."""
+    return json.loads(file.read_text()).get(version(), {}) if file.exists() else {}
 
 
-def write(file: Path, proofs: dict[str, Any]) -> None:
+def change(file: Path, rows: dict[str, Any], gone: Collection[str] = ()) -> dict[str, Any]:
+    """Puts rows in, takes some out; another run may be doing the same. Returns all of this version of jax."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(proofs, indent=1, sort_keys=True) + "\n")
-    partial.rename(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        proofs = json.loads(file.read_text()) if file.exists() else {}
+        kept = {name: row for name, row in proofs.get(version(), {}).items() if name not in gone}
+        proofs[version()] = kept | rows
+        partial = file.with_suffix(".partial")
+        partial.write_text(one_row_a_line(proofs))
+        partial.rename(file)
+    finally:
+        os.close(folder)
+    return proofs[version()]
+
+
+def one_row_a_line(proofs: dict[str, Any]) -> str:
+    """JSON of which a changed row is a changed line."""
+    versions = []
+    for version, rows in sorted(proofs.items()):
+        lines = [f"  {json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(rows.items())]
+        versions.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(versions) + "\n}\n"
 
 
 def hash_of(case: Case, chip: str) -> str:
@@ -92,9 +114,7 @@ def hash_of(case: Case, chip: str) -> str:
 
 def main(options: Options) -> int:
     prepare_environment()
-    proofs = read(options.json)
-    rows = proofs.setdefault(version(), {})
-    everything = list(wanted(options))
+    rows, everything = read(options.json), list(wanted(options))
     stale, failed = [], 0
     with Progress(*COLUMNS, disable=not sys.stderr.isatty()) as progress, Worker() as worker:
         task = progress.add_task("kernels", total=len(everything))
@@ -108,19 +128,14 @@ def main(options: Options) -> int:
                 continue
             if why := missing_compiler(chip):
                 sys.exit(why)
-            report = examine(case, source, chip, worker)
-            rows[name] = {"program": program, **compact(report.as_json())}
-            failed += report.error is not None
-            print(line(name, rows[name]), flush=True)
-            write(options.json, proofs)
+            row = {"program": program, **compact(examine(case, source, chip, worker).as_json())}
+            failed += "error" in row
+            print(line(name, row), flush=True)
+            rows = change(options.json, {name: row})
     if options.check:
         print("\n".join(stale) or "every row is of the program as it is")
         return bool(stale)
-    if not options.op and not options.chip and not options.only_cases:
-        gone = set(rows) - {key(case, chip) for _, case, chip in everything}
-        for name in gone:
-            del rows[name]
-        write(options.json, proofs)
+    rows = change(options.json, {}, set(rows) - {key(case, chip) for _, case, chip in wanted(Options())})
     if options.json == Options.json:
         PAGE.write_text(with_figures(PAGE.read_text(), rows))
     return bool(failed)
@@ -165,7 +180,8 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
             return {k: short(v) for k, v in x.items()}
         return [short(v) for v in x] if isinstance(x, list | tuple) else x
 
-    return {k: short(v) for k, v in report.items() if k not in ("case", "chip") and v not in (None, (), {}, [])}
+    empty = lambda v: v is None or (isinstance(v, tuple | list | dict) and not v)  # noqa: E731
+    return {k: short(v) for k, v in report.items() if k not in ("case", "chip") and not empty(v)}
 
 
 def line(name: str, row: dict[str, Any]) -> str:
