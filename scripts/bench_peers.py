@@ -2,7 +2,8 @@
 
 Both sides get the same random weights in float32 and the same number of threads. Runs alternate, so that a machine
 whose speed drifts slows both; medians and their ratio are printed. transformers takes the best of its implementations
-of the experts.
+of the experts. The blocked MoE layer stands beside one dense product of the same work, and a decoded token's experts
+beside their number, of which only the chosen ones may be read.
 
     python scripts/bench_peers.py                    # everything
     python scripts/bench_peers.py --json docs/proofs/peers.json
@@ -189,11 +190,88 @@ def train(pair, rounds: int) -> list[dict]:
     return [report("train step 4x512", 2048, alternate(rounds, sides))]
 
 
+def moe(rounds: int) -> list[dict]:
+    return [_blocked(rounds, dtype) for dtype in ("float32", "bfloat16")] + [_chosen_experts(rounds)]
+
+
+def _experts(num_experts: int, dtype: str) -> list:
+    import jax
+
+    dim, width = DECODE["hidden_size"], DECODE["moe_intermediate_size"]
+    shapes = [(num_experts, width, dim)] * 2 + [(num_experts, dim, width)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, shape, dtype) * dim**-0.5 for key, shape in zip(keys, shapes)]
+
+
+def _blocked(rounds: int, dtype: str) -> dict:
+    """GFLOP/s of 1024 tokens' routed experts, in blocks, and of one product [M, D] x [D, 3F]."""
+    import jax
+    import numpy as np
+
+    from pallas_kernels import grouped_matmul, grouped_swiglu
+
+    rows, dim, width = 1024 * DECODE["num_experts_per_tok"], DECODE["hidden_size"], DECODE["moe_intermediate_size"]
+    num_experts = DECODE["n_routed_experts"]
+    x = jax.random.normal(jax.random.key(1), (rows, dim), dtype)
+    dense = jax.random.normal(jax.random.key(2), (3 * width, dim), dtype)
+    sizes = np.bincount(np.random.default_rng(0).integers(0, num_experts, rows), minlength=num_experts)
+
+    @jax.jit
+    def blocked(x, gate, up, down, sizes):
+        hidden = grouped_swiglu(x, gate, up, sizes, transpose_rhs=True)
+        return grouped_matmul(hidden, down, sizes, transpose_rhs=True)
+
+    product = jax.jit(lambda x, dense: x @ dense.T)
+    weights = _experts(num_experts, dtype)
+    sides = {
+        "blocked": lambda: jax.block_until_ready(blocked(x, *weights, sizes)),
+        "dense": lambda: jax.block_until_ready(product(x, dense)),
+    }
+    work = 2e-9 * rows * dim * 3 * width
+    rates = {name: work / statistics.median(t) for name, t in alternate(rounds, sides).items()}
+    share = rates["blocked"] / rates["dense"]
+    print(
+        f"MoE layer {dtype:14s} {rates['blocked']:8.1f}  dense {rates['dense']:8.1f}  GFLOP/s   share {share:.2f}",
+        flush=True,
+    )
+    return {"task": f"blocked MoE layer {dtype}", "gflop_per_s": rates, "ratio": share}
+
+
+def _chosen_experts(rounds: int) -> dict:
+    """Milliseconds of one token's experts, of 32, 64 and 128."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import fused_moe
+
+    top_k, repeats = DECODE["num_experts_per_tok"], 64
+    x, shares = jnp.ones((1, DECODE["hidden_size"])), jnp.full((1, top_k), 1 / top_k)
+
+    @jax.jit
+    def tokens(x, gate, up, down):
+        def token(i, x):  # other experts each time, so that none is still in the cache
+            chosen = (jnp.arange(top_k) * 7 + i * 5)[None] % gate.shape[0]
+            return fused_moe(x, gate, up, down, chosen, shares, transpose_rhs=True)
+
+        return jax.lax.fori_loop(0, repeats, token, x)
+
+    def side(num_experts: int):
+        weights = _experts(num_experts, "float32")
+        return lambda: jax.block_until_ready(tokens(x, *weights))
+
+    times = alternate(rounds, {str(n): side(n) for n in (32, 64, 128)})
+    milliseconds = {n: 1e3 * statistics.median(t) / repeats for n, t in times.items()}
+    ratio = milliseconds["128"] / milliseconds["32"]
+    shown = "  ".join(f"E={n} {t:.2f}" for n, t in milliseconds.items())
+    print(f"one token's experts      {shown}  ms   ratio {ratio:.2f}x", flush=True)
+    return {"task": "one token's experts", "milliseconds": milliseconds, "ratio": ratio}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["prefill", "decode", "train"], help="one task")
+    parser.add_argument("--only", choices=["prefill", "decode", "train", "moe"], help="one task")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decode batch sizes")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="decode batch sizes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     import torch
@@ -201,8 +279,10 @@ def main() -> None:
     about = circumstances("jax", "torch", "transformers")
     torch.set_num_threads(2)
     rows: list[dict] = []
+    if args.only in (None, "moe"):
+        rows += moe(args.rounds)
     with tempfile.TemporaryDirectory() as directory:
-        if args.only != "train":
+        if args.only in (None, "prefill", "decode"):
             pair = make_pair(DECODE, directory)
             if args.only != "decode":
                 rows += prefill(pair, args.rounds)
