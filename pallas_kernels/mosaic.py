@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chip import Chip
@@ -26,6 +27,22 @@ def varying_alike(*arrays: Any) -> tuple[jax.Array, ...]:
 def kernel_output(shape: Sequence[int], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result, varying over the mesh axes that `like`, one of its inputs, varies over."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+# `//`, `%` and `pl.cdiv` of traced numbers take their sign into account, and Mosaic lowers that by asking which TPU
+# there is: without a mesh in force, exporting a program for TPUs would fail. Kernels and index maps use these, for x >= 0.
+
+
+def divide(x: Any, by: int) -> jax.Array:
+    return jax.lax.div(jnp.int32(x), jnp.int32(by))
+
+
+def divide_up(x: Any, by: int) -> jax.Array:
+    return divide(x + (by - 1), by)
+
+
+def remainder(x: Any, by: int) -> jax.Array:
+    return jax.lax.rem(jnp.int32(x), jnp.int32(by))
 
 
 def tpu_params(chip: Chip, *dimension_semantics: str, **others: Any) -> pltpu.CompilerParams:

@@ -33,7 +33,7 @@ from pallas_kernels.flash_attention.tpu_common import (
     visible,
     widen,
 )
-from pallas_kernels.mosaic import kernel_output, tpu_params, varying_alike
+from pallas_kernels.mosaic import divide, kernel_output, tpu_params, varying_alike
 
 
 def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
@@ -55,7 +55,7 @@ def _call(work: Work, ranges, q_offset, q, *rest):
         """The piece of keys to have in VMEM: outside those that are seen, the nearest, so that nothing is fetched."""
         first, _, _, end = bounds(ranges, b, i, work)
         n = work.blocks_in_resident
-        return jnp.clip(s, first // n, jnp.maximum(end - 1, 0) // n)
+        return jnp.clip(s, divide(first, n), divide(jnp.maximum(end - 1, 0), n))
 
     q_spec = pl.BlockSpec((1, 1, groups, t.block_q, work.head_dim), lambda b, h, i, s, *_: (b, h, 0, i, 0))
     lse_spec = pl.BlockSpec((1, 1, groups, t.block_q), lambda b, h, i, s, *_: (b, h, 0, i))

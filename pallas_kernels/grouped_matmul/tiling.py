@@ -91,7 +91,7 @@ def tile_rows(shape: Shape, chip: Chip) -> Tiling:
             for rows in _row_tiles(-(-shape.rows // chip.cores), step):
                 tiling = Tiling(rows, contracted, columns, step)
                 if fits(row_bytes(tiling, shape), chip):
-                    return tiling
+                    return _shorten(tiling, shape, chip)
     raise ValueError(f"grouped matmul: no tiles of {shape} fit the {chip.on_chip_bytes} bytes of VMEM of {chip.name}")
 
 
@@ -102,17 +102,28 @@ def row_step(shape: Shape, chip: Chip) -> int:
     return min(chip.matrix_unit, max(pack, -(-mean // pack) * pack))
 
 
-def column_chunk(tiling: Tiling, products: int, chip: Chip) -> int:
-    """Columns that one straight run of instructions multiplies; the rest of a block is a loop over it.
+# Products are straight runs of instructions. A longer one wastes fewer slots where it begins and ends, and takes longer
+# to compile; on a v5p the shortest that counts as long enough has some 6,000 instructions, of which 3 % begin and end.
 
-    A longer run wastes fewer slots where it begins and ends, and takes longer to compile. On a v5p the shortest run
-    that counts as long enough here is some 6,000 instructions, of which 3 % begin and end.
-    """
-    enough = chip.matrix_unit**2 << 15
+
+def _long_enough(chip: Chip) -> int:
+    """Multiplications in a run."""
+    return chip.matrix_unit**2 << 15
+
+
+def _shorten(tiling: Tiling, shape: Shape, chip: Chip) -> Tiling:
+    """Fewer rows at a time where runs are longer than they need be; fewer rows of other groups come along then, too."""
+    run = shape.operands[1] * tiling.step * tiling.contracted * column_chunk(tiling, shape.operands[1], chip)
+    halves = run >= 2 * _long_enough(chip) and tiling.step % 2 == 0 and tiling.step >= chip.matrix_unit
+    return dataclasses.replace(tiling, step=tiling.step // 2) if halves else tiling
+
+
+def column_chunk(tiling: Tiling, products: int, chip: Chip) -> int:
+    """Columns of a block that one run multiplies; over the rest of the block it is a loop."""
     for count in range(tiling.columns // LANES, 0, -1):
         chunk = tiling.columns // count
         is_whole = tiling.columns % count == 0 and chunk % LANES == 0
-        if is_whole and products * tiling.step * tiling.contracted * chunk >= enough:
+        if is_whole and products * tiling.step * tiling.contracted * chunk >= _long_enough(chip):
             return chunk
     return tiling.columns
 
@@ -131,14 +142,17 @@ def gradient_bytes(tiling: GradientTiling, dtypes: tuple[Any, Any]) -> int:
 def tile_gradient(rows: int, contracted: int, columns: int, dtypes: tuple[Any, Any], chip: Chip) -> GradientTiling:
     """The tiles that fit and move the fewest bytes: lhs passes once for every tile of columns, dout of contracted."""
     pack = 8 * (4 // jnp.dtype(dtypes[0]).itemsize)
-    step = min(2 * chip.matrix_unit, -(-rows // pack) * pack)
+    # every step loads and stores all sums: the faster the matrix units, the more rows it must take to be worth that
+    step = min(chip.matrix_unit**2 // LANES, -(-rows // pack) * pack)
     best: tuple[int, GradientTiling] | None = None
     for block_rows in _row_tiles(rows, step):
         for k in _cuts(contracted, chip.cores):
             for n in _cuts(columns, 1):
                 tiling = GradientTiling(block_rows, k, n, step)
                 moved = contracted * -(-columns // n) + columns * -(-contracted // k)
-                if fits(gradient_bytes(tiling, dtypes), chip) and (best is None or moved < best[0]):
+                is_short = step * k * n <= 2 * _long_enough(chip) or (k <= _CHUNK and n <= _CHUNK)
+                fitting = is_short and fits(gradient_bytes(tiling, dtypes), chip)
+                if fitting and (best is None or moved < best[0]):
                     best = moved, tiling
     if best is None:
         raise ValueError(

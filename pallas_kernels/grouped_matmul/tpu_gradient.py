@@ -77,20 +77,33 @@ def _kernel(tiling, region, tile, matrix, bounds, count, lhs, dout, out, even, o
     def step(s, _):
         at = pl.ds(pl.multiple_of(s * tiling.step, tiling.step), tiling.step)
         clear = functools.partial(_clear, s * tiling.step, low, high)
-        ours[...] = clear(dout[at, :])
-        chunks = [pl.ds(c, min(tiling.chunk, lhs.shape[1] - c)) for c in range(0, lhs.shape[1], tiling.chunk)]
-        transposed = [(odd if c % 2 else even).at[pl.ds(0, chunk.size), :] for c, chunk in enumerate(chunks)]
-        transposed[0][...] = clear(lhs[at, chunks[0]]).T
         is_new = is_first_visit & (s == first)
-        for c, chunk in enumerate(chunks):
-            if c + 1 < len(chunks):
-                transposed[c + 1][...] = clear(lhs[at, chunks[c + 1]]).T
-            sum_ = jnp.where(is_new, 0.0, total[chunk, :]) + _dot(transposed[c][...], ours[...])
+        ours[...] = clear(dout[at, :])
+
+        def transpose(buffer, chunk):
+            buffer[: chunk.size, :] = clear(lhs[at, chunk]).T
+
+        def multiply(buffer, chunk):
+            product = _dot(buffer[: chunk.size, :], ours[...])
+            sum_ = jnp.where(is_new, 0.0, total[chunk, :]) + product
             total[chunk, :] = sum_
             if sums:
                 out[chunk, :] = sum_.astype(out.dtype)
 
+        # straight, without a loop: only so are both done at once
+        _one_ahead(lhs.shape[1], tiling.chunk, (even, odd), transpose, multiply)
+
     jax.lax.fori_loop(first, last, step, None)
+
+
+def _one_ahead(size: int, chunk: int, buffers: tuple[Any, Any], prepare, use) -> None:
+    """Uses each chunk of an axis in turn, the next one prepared meanwhile in the other buffer."""
+    chunks = [pl.ds(start, min(chunk, size - start)) for start in range(0, size, chunk)]
+    prepare(buffers[0], chunks[0])
+    for c, now in enumerate(chunks):
+        if c + 1 < len(chunks):
+            prepare(buffers[1 - c % 2], chunks[c + 1])
+        use(buffers[c % 2], now)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.mosaic import divide, divide_up, remainder
 from pallas_kernels.paged_attention import rows
 from pallas_kernels.paged_attention.tiling import FEW_ROWS, LANES, Problem, Tiling, padded_rows, rows_at_once
 
@@ -94,8 +95,8 @@ def take_in(r: Any, p: Problem, t: Tiling, half: Any, span: Any, low: Any, high:
         s.kv[half, :, within, :] = jnp.zeros((p.kv_heads, size, 2 * p.head_dim), p.page_dtype)
 
     jax.lax.fori_loop(low, high, tile, None)
-    past = jnp.maximum(pl.cdiv(jnp.maximum(end, 0), size), block_start // size)
-    jax.lax.fori_loop(past, (block_start + t.kv_block) // size, empty, None)
+    past = jnp.maximum(divide_up(jnp.maximum(end, 0), size), divide(block_start, size))
+    jax.lax.fori_loop(past, divide(block_start + t.kv_block, size), empty, None)
 
 
 def attend(r: Any, p: Problem, t: Tiling, half: Any, span: Any, tokens: int) -> None:
@@ -109,7 +110,7 @@ def attend(r: Any, p: Problem, t: Tiling, half: Any, span: Any, tokens: int) -> 
     pieces = padded_rows(tokens, p.group) // m
 
     def some(i, _, all_seen: bool):
-        head, piece = i // pieces, i % pieces
+        head, piece = divide(i, pieces), remainder(i, pieces)
         seen = None if all_seen else _seen(p, t, m, position + piece * (m // p.group), block_start)
         which = pl.ds(pl.multiple_of(piece * m, 16), m)
         _softmax_step(r, p, half, pl.ds(head, 1), which, seen)

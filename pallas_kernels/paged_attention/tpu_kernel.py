@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic import divide, divide_up, remainder
 from pallas_kernels.paged_attention import tpu_attend
 from pallas_kernels.paged_attention.tiling import Problem, Tiling
 
@@ -117,16 +118,16 @@ class _Loop:
         pl.when(i + 2 < self.last)(lambda: self.page_ids(i + 2).start())
         pl.when(i + 1 < self.last)(lambda: self.tokens_in(i + 1, "start"))
         self.tokens_in(i, "wait")
-        self.by_size(i, functools.partial(tpu_attend.prepare, self.r, self.p, i % 2))
+        self.by_size(i, functools.partial(tpu_attend.prepare, self.r, self.p, remainder(i, 2)))
         blocks = self.blocks(i)
         jax.lax.fori_loop(0, blocks, lambda s, _: self.step(i, s, steps_before + s), None)
         pl.when(i - self.first >= 2)(lambda: self.tokens_out(i - 2, "wait"))
-        self.by_size(i, functools.partial(tpu_attend.finish, self.r, self.p, i % 2))
+        self.by_size(i, functools.partial(tpu_attend.finish, self.r, self.p, remainder(i, 2)))
         self.tokens_out(i, "start")
         return steps_before + blocks
 
     def step(self, i: Any, s: Any, steps_before: Any) -> None:
-        half, other = steps_before % 2, (steps_before + 1) % 2
+        half, other = remainder(steps_before, 2), remainder(steps_before + 1, 2)
         block = self.blocks(i) - 1 - s
         ends_piece = block == 0
         after = jnp.where(ends_piece, i + 1, i)
@@ -162,25 +163,25 @@ class _Loop:
 
     def blocks(self, i: Any) -> Any:
         """How many blocks of pages piece i sees; one at least, so that every piece has an end."""
-        return jnp.maximum(pl.cdiv(self.end_of(i), self.t.kv_block), 1)
+        return jnp.maximum(divide_up(self.end_of(i), self.t.kv_block), 1)
 
     def tiles(self, i: Any, block: Any) -> tuple[Any, Any]:
         """The range of tiles of tokens in the row in which the block holds new tokens of piece i."""
         start, size = block * self.t.kv_block, self.p.rows_of_a_tile
         low = jnp.maximum(self.r.position[i], start)
         high = jnp.minimum(self.end_of(i), start + self.t.kv_block)
-        low_tile = low // size
-        return low_tile, jnp.where(low < high, pl.cdiv(high, size), low_tile)
+        low_tile = divide(low, size)
+        return low_tile, jnp.where(low < high, divide_up(high, size), low_tile)
 
     # copies: "start" and "wait" go through the same ones
 
     def page_ids(self, i: Any) -> Any:
-        slot = i % 3
+        slot = remainder(i, 3)
         s = self.r.scratch
         return pltpu.make_async_copy(self.r.page_table.at[self.r.row[i]], s.page_ids.at[slot], s.ids_in.at[slot])
 
     def tokens_in(self, i: Any, action: str) -> None:
-        half, start, s = i % 2, self.r.start[i], self.r.scratch
+        half, start, s = remainder(i, 2), self.r.start[i], self.r.scratch
 
         def token(j, _):
             for source, into in ((self.r.q, s.q_in), (self.r.k, s.k_in), (self.r.v, s.v_in)):
@@ -189,7 +190,7 @@ class _Loop:
         jax.lax.fori_loop(0, self.r.tokens[i], token, None)
 
     def tokens_out(self, i: Any, action: str) -> None:
-        half, start, s = i % 2, self.r.start[i], self.r.scratch
+        half, start, s = remainder(i, 2), self.r.start[i], self.r.scratch
 
         def token(j, _):
             _do(pltpu.make_async_copy(s.o_out.at[half, j], self.r.out.at[start + j], s.tokens_out.at[half]), action)
@@ -199,10 +200,11 @@ class _Loop:
     def fetch(self, i: Any, block: Any, half: Any, action: str) -> None:
         """The pages of the block that hold anything from before piece i."""
         size, per_block, s = self.p.page_size, self.t.kv_block // self.p.page_size, self.r.scratch
-        pages = jnp.clip(pl.cdiv(self.r.position[i] - block * self.t.kv_block, size), 0, per_block)
+        before = jnp.maximum(self.r.position[i] - block * self.t.kv_block, 0)
+        pages = jnp.minimum(divide_up(before, size), per_block)
 
         def page(j, _):
-            source = self.r.pages.at[self.r.layer[0], s.page_ids[i % 3, 0, block * per_block + j]]
+            source = self.r.pages.at[self.r.layer[0], s.page_ids[remainder(i, 3), 0, block * per_block + j]]
             into = s.kv.at[half, :, pl.ds(pl.multiple_of(j * size, size), size), :]
             _do(pltpu.make_async_copy(source, into, s.pages_in.at[half]), action)
 
@@ -213,9 +215,10 @@ class _Loop:
         size, page_size, s = self.p.rows_of_a_tile, self.p.page_size, self.r.scratch
 
         def tile(j, _):
-            page = s.page_ids[i % 3, 0, j * size // page_size]
+            page = s.page_ids[remainder(i, 3), 0, divide(j * size, page_size)]
             source = s.kv.at[half, :, pl.ds(pl.multiple_of(j * size - block * self.t.kv_block, size), size), :]
-            into = self.r.pages.at[self.r.layer[0], page, :, pl.ds(pl.multiple_of(j * size % page_size, size), size), :]
+            place = pl.ds(pl.multiple_of(remainder(j * size, page_size), size), size)
+            into = self.r.pages.at[self.r.layer[0], page, :, place, :]
             pltpu.make_async_copy(source, into, s.tiles_out.at[half]).start()
 
         jax.lax.fori_loop(low, high, tile, None)
