@@ -30,7 +30,7 @@ def kernel_output(shape: Sequence[int], dtype: Any, like: Any) -> jax.ShapeDtype
 
 
 # `//`, `%` and `pl.cdiv` of traced numbers take their sign into account, and Mosaic lowers that by asking which TPU
-# there is: without a mesh in force, exporting a program for TPUs would fail. Kernels and index maps use these, for x >= 0.
+# there is: without a mesh in force, exporting a program for TPUs would fail. Kernels and index maps use these, x >= 0.
 
 
 def divide(x: Any, by: int) -> jax.Array:
