@@ -24,6 +24,12 @@ def varying_alike(*arrays: Any) -> tuple[jax.Array, ...]:
     return tuple(jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying") if axes - _varying(x) else x for x in arrays)
 
 
+def tree_varying_alike(tree: Any) -> Any:
+    """`varying_alike` of the leaves. Before a `custom_vjp` it lets JAX sum the gradients of what did not vary."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(varying_alike(*leaves))
+
+
 def kernel_output(shape: Sequence[int], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result, varying over the mesh axes that `like`, one of its inputs, varies over."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

@@ -18,6 +18,7 @@ from pallas_kernels.fused_moe import cpu, gpu, reference, tpu
 from pallas_kernels.fused_moe.tiling import Tiling
 from pallas_kernels.grouped_matmul.api import bind
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
+from pallas_kernels.mosaic import tree_varying_alike
 
 _IMPLEMENTATIONS = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 
@@ -80,7 +81,10 @@ def fused_moe(
     offset = None if expert_offset is None else jnp.int32(expert_offset)
     places = top_k_indices.astype(jnp.int32), offset, jnp.int32(0 if layer is None else layer)
     weights = top_k_weights.astype(jnp.float32)
-    return _fused_moe(_Options(transpose_rhs, implementation, chip, tiling), x, matrices, scales, weights, places)
+    if x.shape[0] == 0:
+        return x
+    args = tree_varying_alike((x, matrices, scales, weights, places))
+    return _fused_moe(_Options(transpose_rhs, implementation, chip, tiling), *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.fused_moe.reference import local_experts
 from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.grouped_matmul.cpu import matrix_of
+from pallas_kernels.mosaic import varying_alike
 
 _COUNTS = (1, 2, 3, 4, 8, 16)  # the numbers of rows for which there is a product
 _BLOCK = _COUNTS[-1]
@@ -59,7 +60,8 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
         y = jax.lax.switch(which, [functools.partial(block, n) for n in _COUNTS], start, work.group[i])
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)  # a later block overwrites what lies past this one
 
-    out = jax.lax.fori_loop(0, work.count, step, jnp.zeros((num_rows + _BLOCK, x.shape[1]), jnp.float32))
+    start, _ = varying_alike(jnp.zeros((num_rows + _BLOCK, x.shape[1]), jnp.float32), x)
+    out = jax.lax.fori_loop(0, work.count, step, start)
     answers = out[jnp.argsort(order).reshape(num_tokens, top_k)]
     if offset is not None:
         inside = local.reshape(num_tokens, top_k, 1) < num_experts

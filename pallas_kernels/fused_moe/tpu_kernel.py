@@ -125,11 +125,16 @@ def kernel(frame: Frame, experts, tokens, count, layer, x, rank, weight, *refs):
         def _():
             block = s - frame.width_steps
             down = _dense(frame, 2, matrices, factors, dense, block)
-            columns = pl.ds(pl.multiple_of(block * frame.tiling.model, frame.tiling.model), frame.tiling.model)
+            columns = _columns(block, frame.tiling.model, frame.model_steps)
             _for_rows(
                 frame, steps,
                 lambda at, first: _combine(frame, down, scaling, rank, weight, hidden, out, at, first, columns),
             )  # fmt: skip
+
+
+def _columns(block, size: int, steps: int) -> pl.Slice:
+    """Of all columns, those of a block; one block may be no multiple of a register's lanes, so its place is static."""
+    return pl.ds(0 if steps == 1 else pl.multiple_of(block * size, size), size)
 
 
 def _for_rows(frame: Frame, steps, do) -> None:
@@ -155,7 +160,7 @@ def _activate(frame: Frame, gate, up, scaling, gathered, hidden, at, block) -> N
         scaling.of_columns(which, _dot(gathered[at, :], matrix[...], contract))
         for which, matrix in ((0, gate), (1, up))
     )
-    columns = pl.ds(pl.multiple_of(block * frame.tiling.width, frame.tiling.width), frame.tiling.width)
+    columns = _columns(block, frame.tiling.width, frame.width_steps)
     hidden[at, columns] = (jax.nn.silu(g) * u).astype(hidden.dtype)
 
 

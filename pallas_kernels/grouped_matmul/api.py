@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
+from pallas_kernels.mosaic import tree_varying_alike
 
 _FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _RHS_GRADIENT = {
@@ -87,7 +88,10 @@ def grouped_matmul(
         rhs, rhs_scale = frozen(rhs), frozen(rhs_scale)
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     options = _Options(transpose_rhs, dtype, implementation, chip, tiling)
-    return _grouped_matmul(options, lhs, rhs, rhs_scale, sizes, first_row, jnp.int32(0 if layer is None else layer))
+    if lhs.shape[0] == 0:
+        return jnp.zeros((0, columns), dtype)
+    args = lhs, rhs, rhs_scale, sizes, first_row, jnp.int32(0 if layer is None else layer)
+    return _grouped_matmul(options, *tree_varying_alike(args))
 
 
 def local_groups(

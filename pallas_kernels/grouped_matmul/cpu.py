@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.grouped_matmul.quantised import dequantise
+from pallas_kernels.mosaic import varying_alike
 
 _WAYS = 8  # different products a block may choose from
 _LARGEST_STEP = 64
@@ -66,7 +67,7 @@ def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dt
         y = jnp.where(jnp.arange(counts[-1])[:, None] < rows, y, 0)  # a later block overwrites the zeros with its own
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
-    out = jnp.zeros((num_rows + counts[-1], columns), dtype)
+    out, _ = varying_alike(jnp.zeros((num_rows + counts[-1], columns), dtype), lhs)
     return jax.lax.fori_loop(0, work.count, step, out)[:num_rows]
 
 
@@ -92,5 +93,5 @@ def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
         sum_ = jax.lax.dynamic_index_in_dim(total, group, keepdims=False) + _switch(counts, rows, product)
         return jax.lax.dynamic_update_index_in_dim(total, sum_, group, 0)
 
-    total = jnp.zeros((num_groups, left.shape[1], right.shape[1]), jnp.float32)
+    total, _ = varying_alike(jnp.zeros((num_groups, left.shape[1], right.shape[1]), jnp.float32), left)
     return jax.lax.fori_loop(0, work.count, step, total).astype(dtype)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.quantised import dequantise
+from pallas_kernels.mosaic import varying_alike
 
 
 def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype):
@@ -24,7 +25,7 @@ def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
     """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
     routed = jnp.arange(lhs.shape[0])[:, None] < group_sizes.sum()
     lhs, dout = (jnp.where(routed, jnp.roll(x, -first_row, axis=0), 0) for x in (lhs, dout))
-    zeros = jnp.zeros((group_sizes.shape[0], lhs.shape[1], dout.shape[1]), jnp.float32)
+    zeros, _ = varying_alike(jnp.zeros((group_sizes.shape[0], lhs.shape[1], dout.shape[1]), jnp.float32), lhs)
     # ragged_dot is linear in its matrices, so its transpose at any point is the gradient
     product = lambda m: jax.lax.ragged_dot(lhs.astype(jnp.float32), m, group_sizes)  # noqa: E731
     (gradient,) = jax.linear_transpose(product, zeros)(dout.astype(jnp.float32))

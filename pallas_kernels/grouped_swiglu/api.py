@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul import cpu
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
 from pallas_kernels.grouped_swiglu import gpu, reference, tpu
+from pallas_kernels.mosaic import tree_varying_alike
 from pallas_kernels.residuals import keep
 
 _IMPLEMENTATIONS = {
@@ -92,7 +93,10 @@ def grouped_swiglu(
     if is_quantised(gate.dtype):
         weights, scales = jax.tree.map(frozen, (weights, scales))
     options = _Options(transpose_rhs, keep_products, implementation, chip, tiling)
-    return _grouped_swiglu(options, lhs, weights, scales, (sizes, first_row, jnp.int32(0 if layer is None else layer)))
+    if lhs.shape[0] == 0:
+        return jnp.zeros((0, columns), lhs.dtype)
+    args = lhs, weights, scales, (sizes, first_row, jnp.int32(0 if layer is None else layer))
+    return _grouped_swiglu(options, *tree_varying_alike(args))
 
 
 def _run(function: str, options: _Options, *args: Any, **static: Any) -> Any:

@@ -18,7 +18,10 @@ lhs_gradient = functools.partial(reference.lhs_gradient, matmul=grouped_matmul.f
 
 
 def forward(lhs, weights, scales, groups, *, transpose_rhs, keep_products):
-    """[M, F] and, to keep for the backward pass, the two products in the dtype of `lhs`: by two grouped matmuls."""
+    """[M, F] by one kernel; or with `keep_products`, for the backward pass, the two products alone. See `api`.
+
+    Those are of the dtype of `lhs`, by two grouped matmuls: a pass over the rows for each.
+    """
     from pallas_kernels.grouped_matmul.gpu_rows import rows_by_group
 
     if any(scale is not None for scale in scales):

@@ -1,6 +1,7 @@
 """Compiled decoding writes its cache in place: what it needs besides is small, on CPU and compiled for a TPU.
 
-Caches are only described here, never made. Head dimension 128, as in every released model.
+Caches are only described here, never made. Head dimension and width of experts are multiples of 128, as in every
+released model: narrower weights have a compact layout on TPU, which is no kernel's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.infer.conftest import generate_module
 ROWS, CAPACITY = 8, 1024
 CONFIG = get_preset(
     "tiny", hidden_size=128, num_hidden_layers=4, vocab_size=512, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=128, num_nextn_predict_layers=0, max_position_embeddings=CAPACITY,
+    head_dim=128, moe_intermediate_size=128, num_nextn_predict_layers=0, max_position_embeddings=CAPACITY,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,17 @@ IMPLEMENTATIONS = ["reference", "cpu", pytest.param("tpu", marks=pytest.mark.slo
 
 
 @contextlib.contextmanager
-def on(implementation: str) -> Iterator[None]:
-    """Where `implementation` runs: the TPU's in the interpreter, unwritten memory NaN; a race is an error."""
+def on(implementation: str, **interpreter: Any) -> Iterator[None]:
+    """Where `implementation` runs: the TPU's in the interpreter, unwritten memory NaN; a race is an error.
+
+    Copies happen as late as they are waited for, and one core runs, unless the interpreter is told otherwise.
+    """
     if implementation != "tpu":
         yield
         return
     printed = io.StringIO()  # the interpreter says of a race no more than this
     with contextlib.redirect_stdout(printed):
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, **interpreter)):
             yield
         jax.effects_barrier()
     assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()[:2000]

@@ -90,7 +90,7 @@ def model_step(name: str):
     """A program of the whole model, at the least widths that the kernels take, and the shapes of its arguments."""
     config = get_preset(
         "tiny", hidden_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=256,
-        moe_intermediate_size=128, vocab_size=512, dtype="bfloat16", param_dtype="bfloat16",
+        moe_intermediate_size=128, vocab_size=512, dtype="bfloat16", param_dtype="bfloat16", remat="full",
     )  # fmt: skip
     params, tokens = glm.abstract_params(config), jax.ShapeDtypeStruct((2, 256), jnp.int32)
     cache = jax.eval_shape(lambda: glm.init_cache(config, 2, 256))

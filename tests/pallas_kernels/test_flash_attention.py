@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import flash_attention
@@ -21,10 +19,10 @@ from pallas_kernels.flash_attention import cpu
 from pallas_kernels.flash_attention.problem import SEES_NOTHING, Tiling
 from pallas_kernels.flash_attention.ranges import key_ranges
 from pallas_kernels.flash_attention.tiling import Shape, backward_bytes, choose, forward_bytes
+from tests.pallas_kernels.support import IMPLEMENTATIONS, on
 from tests.support import quick_jit
 
 SMALL = Tiling(block_q=128, block_kv=128, resident=128, rows=128)
-IMPLEMENTATIONS = ("reference", "cpu", pytest.param("tpu", marks=pytest.mark.slow))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +55,6 @@ CASES = {
     "chosen tiles": Case(37, 37, heads=3, kv_heads=3, segments="packed", tiling=None),
 }
 FAST = ("one query at the end", "groups, over a tile", "queries before all keys", "mixed ids")
-
-
-@contextlib.contextmanager
-def running(implementation: str):
-    """The TPU's kernels are interpreted, with races detected."""
-    with contextlib.ExitStack() as stack:
-        if implementation == "tpu":
-            stack.enter_context(pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)))
-        yield
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
@@ -132,7 +121,7 @@ def computed(case: Case, implementation: str, arrays, segments, dtype: Any = jnp
         return *out, *pull(cotangents)
 
     q, k, v, dout = (jnp.asarray(x, dtype) for x in arrays[:4])
-    with running(implementation):
+    with on(implementation):
         out = with_gradients(jnp.int32(case.q_offset), q, k, v, dout, jnp.float32(arrays[4]))
         return jax.tree.map(np.asarray, out)
 
@@ -223,7 +212,7 @@ def test_large_scores(implementation: str) -> None:
     """Scores of plus and minus 1e4: no overflow; each query takes the value of the largest, that of its own place."""
     size = jnp.arange(1.0, 131)[None, :, None, None]
     told: dict[str, Any] = {"scale": 1.0, "return_lse": True, "tiling": SMALL, "implementation": implementation}
-    with running(implementation):
+    with on(implementation):
         out, lse = quick_jit(lambda q, k: flash_attention(q, k, k, **told))(jnp.full((1, 130, 1, 1), 1e2), size)
     np.testing.assert_allclose(out, size, rtol=1e-6)
     np.testing.assert_allclose(lse, 1e2 * size[..., 0], rtol=1e-6)
@@ -249,7 +238,7 @@ def test_pieces_of_the_keys_combine(implementation: str) -> None:
         out, pull = jax.vjp(function, q, k, v)
         return out, *pull(dout)
 
-    with running(implementation):
+    with on(implementation):
         want, got = (quick_jit(with_gradients, static_argnums=0)(function, q, k, v, dout) for function in (op, pieces))
     for value, right in zip(got, want):
         np.testing.assert_allclose(value, right, atol=5e-6)
@@ -260,7 +249,7 @@ def test_heads_first_is_the_same(implementation: str) -> None:
     case = Case(20, 20, heads=4, kv_heads=2)
     (q, k, v, *_), _ = inputs(case)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    with running(implementation):
+    with on(implementation):
         told: dict[str, Any] = {"return_lse": True, "implementation": implementation}
         out, lse = quick_jit(lambda *x: flash_attention(*x, **told))(q, k, v)
         turned = [x.swapaxes(1, 2) for x in (q, k, v)]
@@ -279,9 +268,11 @@ def test_vmap_scan_and_remat(implementation: str) -> None:
         return (flash_attention(q, k, v, implementation=implementation) ** 2).sum()
 
     one_by_one = tuple(x[:, None] for x in (q, k, v))
-    with running(implementation):
+    # the interpreter has side effects, which remat refuses; in test_aot.py the model is lowered with it
+    remat = (lambda loss: loss) if implementation == "tpu" else jax.checkpoint
+    with on(implementation):
         value, gradients = quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
-        mapped, mapped_gradients = quick_jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2))))(*one_by_one)
+        mapped, mapped_gradients = quick_jit(jax.vmap(jax.value_and_grad(remat(loss), (0, 1, 2))))(*one_by_one)
         scanned = quick_jit(lambda *x: jax.lax.scan(lambda c, x: (c + loss(*x), None), 0.0, x)[0])(*one_by_one)
     np.testing.assert_allclose(mapped.sum(), value, rtol=1e-6)
     np.testing.assert_allclose(scanned, value, rtol=1e-6)
@@ -314,7 +305,7 @@ def test_inside_a_checked_shard_map(implementation: str) -> None:
         return flash_attention(q, k, v, implementation=implementation, tiling=SMALL).sum()[None]
 
     mapped = jax.shard_map(loss, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=P("x"))
-    with running(implementation):
+    with on(implementation):
         got = quick_jit(jax.grad(lambda *x: mapped(*x).sum(), (0, 1, 2)))(q, k, v)
         want = quick_jit(jax.grad(lambda *x: loss(*x).sum(), (0, 1, 2)))(q, k, v)
     for a, b in zip(got, want):
