@@ -45,6 +45,12 @@ def is_fused(eqn: Any) -> bool:
     return eqn.primitive.name in _FUSED
 
 
+def _is_free(eqn: Any) -> bool:
+    """Moves nothing, as does a call of nothing."""
+    inner = sub_jaxprs(eqn)
+    return all(map(_is_free, inner[0].eqns)) if len(inner) == 1 and is_fused(eqn) else eqn.primitive.name in _FREE
+
+
 def own_traffic(eqns: Sequence[Any], results: Sequence[Any]) -> tuple[float, float]:
     """Bytes and matrix-product FLOPs of a jaxpr's own equations, not of those inside other jaxprs."""
     nbytes = flops = 0.0
@@ -79,7 +85,7 @@ def _chains(eqns: Sequence[Any], results: Sequence[Any]) -> float:
     outside |= set(_variables(results))
     total = 0.0
     for i, made in members.items():
-        if all(eqn.primitive.name in _FREE for eqn in fused if set(eqn.outvars) <= made):
+        if all(_is_free(eqn) for eqn in fused if set(eqn.outvars) <= made):
             continue
         total += sum(map(value_bytes, inputs[i])) + sum(value_bytes(v) for v in made if v in outside)
     return total

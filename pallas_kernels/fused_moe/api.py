@@ -17,7 +17,7 @@ from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.fused_moe import cpu, gpu, reference, tpu
 from pallas_kernels.fused_moe.tiling import Tiling
 from pallas_kernels.grouped_matmul.api import bind
-from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
+from pallas_kernels.grouped_matmul.quantised import check_alike, check_scale, frozen, is_quantised
 from pallas_kernels.mosaic import tree_varying_alike
 
 _IMPLEMENTATIONS = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
@@ -76,6 +76,7 @@ def fused_moe(
     sizes = {"gate": (model, width), "up": (model, width), "down": (width, model)}
     for (name, size), matrix, scale in zip(sizes.items(), matrices, scales):
         check_scale(f"fused_moe: {name}", matrix, scale, *size)
+    check_alike("fused_moe: gate, up and down", matrices)
     if is_quantised(gate.dtype):
         matrices, scales = jax.tree.map(frozen, (matrices, scales))
     offset = None if expert_offset is None else jnp.int32(expert_offset)
@@ -110,9 +111,8 @@ def _bwd(options, residuals, dout):
     def sorted_form(x, matrices, weights):
         stack = lambda a: a.reshape(-1, *a.shape[-3:])  # noqa: E731
         args = (x, *jax.tree.map(stack, (matrices, scales)), indices, weights, 0 if offset is None else offset, layer)
-        return reference.forward(
-            *args, transpose_rhs=options.transpose_rhs, implementation=options.implementation
-        )  # fmt: skip
+        how = {name: getattr(options, name) for name in ("transpose_rhs", "implementation", "chip")}
+        return reference.forward(*args, **how)
 
     no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), places)
     if is_quantised(matrices[0].dtype):

@@ -14,15 +14,16 @@ from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 
 
 def forward(
-    x, matrices, scales, indices, weights, offset, layer, *, transpose_rhs, implementation: Implementation = "reference"
-):
-    """[T, D] -> [T, D], differentiable; see `api.fused_moe`. `implementation` is that of the grouped matmuls."""
+    x, matrices, scales, indices, weights, offset, layer, *,
+    transpose_rhs, implementation: Implementation = "reference", chip: str | None = None,
+):  # fmt: skip
+    """[T, D] -> [T, D], differentiable; see `api.fused_moe`. `implementation`, `chip`: of the grouped matmuls."""
     (gate, up, down), (gate_scale, up_scale, down_scale) = matrices, scales
     offset = 0 if offset is None else offset
     num_experts, top_k = gate.shape[1], indices.shape[1]
     expert = local_experts(indices, offset, num_experts).reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    how = {"layer": layer, "transpose_rhs": transpose_rhs, "implementation": implementation}
+    how = {"layer": layer, "transpose_rhs": transpose_rhs, "implementation": implementation, "chip": chip}
     sizes = jnp.bincount(expert, length=num_experts + 1)[:num_experts]
     hidden = grouped_swiglu(x[order // top_k], gate, up, sizes, gate_scale=gate_scale, up_scale=up_scale, **how)
     answers = grouped_matmul(

@@ -45,29 +45,30 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
     try:
         tiling = tiling or tile(shape, chip)
     except NotImplementedError:
-        how = {"transpose_rhs": transpose_rhs, "implementation": "tpu"}
+        how = {"transpose_rhs": transpose_rhs, "implementation": "tpu", "chip": chip.name}
         return reference.forward(x, matrices, scales, indices, weights, offset, layer, **how)
-    active = find_active(indices, weights, 0 if offset is None else offset, matrices[0].shape[1], shape.padded)
-    padded = jnp.pad(x, ((0, shape.padded - x.shape[0]), (0, 0)))
+    num_experts = matrices[0].shape[1]
+    local = reference.local_experts(indices, 0 if offset is None else offset, num_experts)
+    active = find_active(local, weights, num_experts, shape.padded)
+    # tokens are gathered by products, in which one that is not finite would spoil all others
+    spoilt = ~jnp.isfinite(x).all(axis=1, keepdims=True)
+    padded = jnp.pad(jnp.where(spoilt, 0, x), ((0, shape.padded - x.shape[0]), (0, 0)))
     sums = _run(padded, matrices, scales, active, layer, transpose_rhs, shape, chip, tiling)
-    return sums.sum(0)[: x.shape[0]].astype(x.dtype)
+    out = sums.sum(0)[: x.shape[0]].astype(x.dtype)
+    return jnp.where(spoilt & (local < num_experts).any(axis=1, keepdims=True), jnp.nan, out)
 
 
-def find_active(
-    indices: Int[Array, "T k"],
-    weights: Float[Array, "T k"],
-    offset: Int[Array, ""] | int,
-    num_experts: int,
-    padded: int,
-) -> Active:
-    """Which experts are to be visited, and with which tokens; `padded` tokens, of which those past T choose none."""
-    local = reference.local_experts(indices, offset, num_experts)
+def find_active(local: Int[Array, "T k"], weights: Float[Array, "T k"], num_experts: int, padded: int) -> Active:
+    """Which experts are to be visited, and with which tokens; `padded` tokens, of which those past T choose none.
+
+    local: the experts of each token, `num_experts` for those of other shards.
+    """
     chosen = jax.nn.one_hot(local, num_experts, dtype=jnp.float32)  # those of other shards are zeros
-    spread = lambda by_token: jnp.pad(by_token.T, ((0, 0), (0, padded - indices.shape[0])))  # noqa: E731
+    spread = lambda by_token: jnp.pad(by_token.T, ((0, 0), (0, padded - local.shape[0])))  # noqa: E731
     member, weight = spread(chosen.sum(1)) > 0, spread(jnp.einsum("tke,tk->te", chosen, weights))
     rank = jnp.where(member, jnp.cumsum(member, axis=1) - 1, -1).astype(jnp.int32)
     tokens = member.sum(1).astype(jnp.int32)
-    order = jnp.argsort(tokens == 0, stable=True)[: min(num_experts, indices.size)].astype(jnp.int32)
+    order = jnp.argsort(tokens == 0, stable=True)[: min(num_experts, local.size)].astype(jnp.int32)
     count = (tokens > 0).sum().astype(jnp.int32)[None]
     return Active(order, tokens[order], count, rank[order][:, None], weight[order][:, None])
 

@@ -58,7 +58,7 @@ def specs(frame: Frame, scales: Sequence[jax.Array]) -> tuple[list[pl.BlockSpec]
 
 
 def _item(frame: Frame, core, i, count):
-    """The core's i-th expert; where it has none left, the one before, so that nothing more is fetched."""
+    """The core's i-th expert; where it has none left, the one before."""
     item = i * frame.cores + core
     return jnp.maximum(jnp.where(item < count[0], item, item - frame.cores), 0)
 
@@ -66,13 +66,17 @@ def _item(frame: Frame, core, i, count):
 def _place(frame: Frame, which: int, core, i, s, count):
     """Which expert's block of gate, up or down, and which block of it, is in VMEM at step s.
 
-    Blocks change only where their own steps begin: every step has the next one's blocks to fetch, and no others.
+    Blocks change only where their own steps begin: every step has the next one's blocks to fetch, and no others. A core
+    that has no expert left fetches nothing; one that never had one is given a block, as a kernel must be.
     """
     item = _item(frame, core, i, count)
+    has_one = i * frame.cores + core < count[0]
     if which < 2:
-        return item, jnp.minimum(s, frame.width_steps - 1)
-    before = (s < frame.width_steps) & (i > 0)  # still the last block of the expert before
-    block = jnp.where(before, frame.model_steps - 1, jnp.maximum(s - frame.width_steps, 0))
+        left = jnp.where(i > 0, frame.width_steps - 1, 0)
+        return item, jnp.where(has_one, jnp.minimum(s, frame.width_steps - 1), left)
+    before = ((s < frame.width_steps) | jnp.logical_not(has_one)) & (i > 0)  # still the expert's before, its last block
+    block = jnp.where(has_one, jnp.maximum(s - frame.width_steps, 0), 0)
+    block = jnp.where(before, frame.model_steps - 1, block)
     return jnp.where(before, _item(frame, core, i - 1, count), item), block
 
 
@@ -167,7 +171,7 @@ def _activate(frame: Frame, gate, up, scaling, gathered, hidden, at, block) -> N
 def _combine(frame: Frame, down, scaling, rank, weight, hidden, out, at, first, columns) -> None:
     contract = ((1,), (1 if frame.transpose_rhs else 0,))
     answers = scaling.of_columns(2, _dot(hidden[at, : frame.shape.width], down[...], contract))
-    share = _chosen(rank, first, at.size) * weight[...]
+    share = jnp.where(_chosen(rank, first, at.size) > 0, weight[...], 0.0)  # another's weight may be NaN
     out[:, columns] += _dot(share, answers, ((0,), (0,)))
 
 

@@ -104,6 +104,10 @@ def local_groups(
     sizes = group_sizes.astype(jnp.int32)
     if group_offset is None:
         return sizes, jnp.int32(0)
+    if not isinstance(group_offset, jax.core.Tracer) and not 0 <= int(group_offset) <= total - num_groups:
+        raise ValueError(
+            f"group_offset {group_offset}: there are {total} groups, and matrices for {num_groups} of them"
+        )
     before = jnp.arange(total) < group_offset
     return jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups), jnp.sum(jnp.where(before, sizes, 0))
 

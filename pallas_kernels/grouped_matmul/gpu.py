@@ -13,12 +13,14 @@ def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dt
     if scale is not None:
         raise NotImplementedError("grouped_matmul: quantised weights have no Mosaic GPU kernel")
     groups = (group_sizes, first_row, layer)
-    return rows_by_group(lhs, [rhs], *groups, transpose_rhs=transpose_rhs, dtype=dtype, finish=lambda y: y)
+    return rows_by_group(
+        lhs.astype(rhs.dtype), [rhs], *groups, transpose_rhs=transpose_rhs, dtype=dtype, finish=lambda y: y
+    )
 
 
 def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
     """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
     from pallas_kernels.grouped_matmul.gpu_gradient import products_by_group
 
-    left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
+    left, right = (x.astype(dtype) for x in ((dout, lhs) if transpose_rhs else (lhs, dout)))
     return products_by_group(left, right, group_sizes, first_row, dtype)

@@ -5,6 +5,7 @@ Axes: E groups, K contracted, N output columns. Scales are laid out as [E, K, N]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,12 @@ def check_scale(name: str, weight: Any, scale: Any, contracted: int, columns: in
             f"{name} {weight.shape} is {weight.dtype} and needs a scale {(*groups, 1, columns)}, per channel, or "
             f"{(*groups, *blocks)}, per block of {SCALE_BLOCK}; got {None if scale is None else scale.shape}"
         )
+
+
+def check_alike(names: str, weights: Sequence[Any]) -> None:
+    """Raises ValueError unless the matrices that one op multiplies have one dtype."""
+    if len({jnp.dtype(w.dtype) for w in weights}) > 1:
+        raise ValueError(f"{names} are {', '.join(str(w.dtype) for w in weights)}; expected one dtype")
 
 
 def expand_scale(scale: Float[Array, "*E k n"], contracted: int, columns: int) -> Float[Array, "*E K N"]:

@@ -32,12 +32,12 @@ def run(
     chip: Chip,
     tiling: tilings.GradientTiling | None = None,
 ) -> jax.Array:
-    """[M, K], [M, N] -> [E, K, N]; zero for groups without rows."""
+    """[M, K], [M, N] -> [E, K, N]; zero for groups without rows. Operands of two dtypes are multiplied in `dtype`."""
     (num_rows, contracted), columns, num_groups = lhs.shape, dout.shape[1], group_sizes.shape[0]
     if 0 in (num_rows, contracted, columns, num_groups):
         return jnp.zeros((num_groups, contracted, columns), dtype)
     if lhs.dtype != dout.dtype:
-        lhs, dout = (x.astype(jnp.promote_types(lhs.dtype, dout.dtype)) for x in (lhs, dout))
+        lhs, dout = (x.astype(dtype) for x in (lhs, dout))
     tiling = tiling or tilings.tile_gradient(num_rows, contracted, columns, (lhs.dtype, dtype), chip)
     visits = work.over_groups(group_sizes, first_row, num_rows, tiling.rows)
     *scalars, lhs, dout = varying_alike(*visits, lhs, dout)
@@ -63,7 +63,7 @@ def run(
     )(*scalars, lhs, dout)
 
 
-def _kernel(tiling, region, tile, matrix, bounds, count, lhs, dout, out, even, odd, ours, *sums):
+def _kernel(tiling, region, tile, fetched, matrix, bounds, count, lhs, dout, out, even, odd, ours, *sums):
     i = pl.program_id(2)
     mine = region[0, i]
     is_first_visit = (i == 0) | (mine != region[0, jnp.maximum(i - 1, 0)])

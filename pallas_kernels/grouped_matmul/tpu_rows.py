@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chip import Chip
 from pallas_kernels.grouped_matmul import tiling as tilings
 from pallas_kernels.grouped_matmul import tpu_scale, work
+from pallas_kernels.grouped_matmul.quantised import is_quantised
 from pallas_kernels.mosaic import kernel_output, tpu_params, varying_alike
 
 Products = Sequence[jax.Array]
@@ -58,8 +59,12 @@ def run(
 ) -> tuple[jax.Array, ...]:
     """`kernel` over lhs [M, K] each, rhs [L, E, K, N] (or [L, E, N, K]), beside [M, N]; results [M, N].
 
-    `groups`: sizes [E], first row, layer. Rows of no group come out zero.
+    `groups`: sizes [E], first row, layer. Rows of no group come out zero. The matrix unit multiplies what is of one
+    dtype: beside dense matrices rows take theirs, so that float32 rows are rounded to bfloat16 where the matrices are,
+    as in XLA's own products on TPUs.
     """
+    if not is_quantised(rhs[0].dtype):
+        lhs = [x.astype(rhs[0].dtype) for x in lhs]
     num_rows, contracted = lhs[0].shape
     num_groups, columns = rhs[0].shape[1], rhs[0].shape[2 if transpose_rhs else 3]
     if 0 in (num_rows, contracted, columns, num_groups):
@@ -88,7 +93,7 @@ def run(
             num_scalar_prefetch=len(scalars),
             grid=(cores, -(-columns // tiling.columns), most_visits, frame.steps_contracted),
             in_specs=_in_specs(frame, given),
-            out_specs=[_columns_spec(frame)] * len(kernel.out_dtypes),
+            out_specs=[_out_spec(frame)] * len(kernel.out_dtypes),
             scratch_shapes=_scratch(frame, lhs[0].dtype),
         ),
         compiler_params=tpu_params(chip, "parallel", "arbitrary", "arbitrary", "arbitrary"),
@@ -115,9 +120,9 @@ class _Frame:
         return block[::-1] if self.transpose_rhs else block
 
 
-def _columns_spec(frame: _Frame) -> pl.BlockSpec:
+def _out_spec(frame: _Frame) -> pl.BlockSpec:
     return pl.BlockSpec(
-        (frame.tiling.rows, frame.tiling.columns), lambda c, n, i, k, *s: (work.Work(*s[:5]).tile[c, i], n)
+        (frame.tiling.rows, frame.tiling.columns), lambda c, n, i, k, *s: (work.Work(*s[:6]).tile[c, i], n)
     )
 
 
@@ -126,14 +131,19 @@ def _in_specs(frame: _Frame, scales: Sequence[jax.Array]) -> list[pl.BlockSpec]:
 
     def matrix_index(c, n, i, k, *scalars):
         place = (n, k) if frame.transpose_rhs else (k, n)
-        return scalars[5][0], work.Work(*scalars[:5]).matrix[c, i], *place
+        return scalars[6][0], work.Work(*scalars[:6]).matrix[c, i], *place
 
-    tile_of = lambda c, n, i, k, *s: (work.Work(*s[:5]).tile[c, i], k)  # noqa: E731
-    rows = pl.BlockSpec((frame.tiling.rows, frame.tiling.contracted), tile_of)
+    fetched = lambda c, i, s: work.Work(*s[:6]).fetched[c, i]  # noqa: E731
+    rows = pl.BlockSpec(
+        (frame.tiling.rows, frame.tiling.contracted), lambda c, n, i, k, *s: (fetched(c, i, s), k)
+    )  # fmt: skip
+    columns = pl.BlockSpec(
+        (frame.tiling.rows, frame.tiling.columns), lambda c, n, i, k, *s: (fetched(c, i, s), n)
+    )  # fmt: skip
     matrix = pl.BlockSpec((None, None, *frame.matrix_block), matrix_index)
     kinds = [kind for kind in frame.scale_kinds if kind is not None]
     factors = [tpu_scale.block_spec(kind, scale, frame.tiling) for kind, scale in zip(kinds, scales)]
-    return [rows] * num_lhs + [matrix] * num_rhs + factors + [_columns_spec(frame)] * num_beside
+    return [rows] * num_lhs + [matrix] * num_rhs + factors + [columns] * num_beside
 
 
 def _scratch(frame: _Frame, dtype: Any) -> list[Any]:
@@ -144,7 +154,7 @@ def _scratch(frame: _Frame, dtype: Any) -> list[Any]:
     return sums * (frame.steps_contracted > 1) + dense
 
 
-def _kernel(frame: _Frame, region, tile, matrix, bounds, count, layer, *refs):
+def _kernel(frame: _Frame, region, tile, fetched, matrix, bounds, count, layer, *refs):
     num_lhs, num_rhs, num_beside, num_out = frame.operands
     num_scales = sum(kind is not None for kind in frame.scale_kinds)
     lhs, rhs, factors, beside, out, scratch = _split(refs, num_lhs, num_rhs, num_scales, num_beside, num_out)

@@ -25,11 +25,12 @@ def lay_out(
     """Each scale's kind, and the scale [L, E, k, n] as the kernel wants it: constant axis first, blocks as weights."""
     kinds, laid = [], []
     for scale, weight in zip(scales, rhs):
+        contracted, columns = weight.shape[-2:][::-1] if transpose_rhs else weight.shape[-2:]
         if scale is None:
             kind = None
-        elif scale.shape[-2] == 1:
+        elif scale.shape[-2:] == (1, columns):
             kind = COLUMNS
-        elif scale.shape[-1] == 1:
+        elif scale.shape[-2:] == (contracted, 1):
             kind, scale = ROWS, jnp.swapaxes(scale, -1, -2)
         else:
             kind, scale = BLOCKS, jnp.swapaxes(scale, -1, -2) if transpose_rhs else scale
@@ -43,10 +44,10 @@ def lay_out(
 def block_spec(kind: str, scale: jax.Array, tiling: Any) -> pl.BlockSpec:
     """The part of a scale that goes with a block of the matrix; of a scale per block all of the matrix's."""
     if kind == BLOCKS:
-        return pl.BlockSpec((None, None, *scale.shape[2:]), lambda c, n, i, k, *s: (s[5][0], s[2][c, i], 0, 0))
+        return pl.BlockSpec((None, None, *scale.shape[2:]), lambda c, n, i, k, *s: (s[6][0], s[3][c, i], 0, 0))
     size = tiling.columns if kind == COLUMNS else tiling.contracted
     axis = (lambda n, k: n) if kind == COLUMNS else (lambda n, k: k)
-    return pl.BlockSpec((None, None, 1, size), lambda c, n, i, k, *s: (s[5][0], s[2][c, i], 0, axis(n, k)))
+    return pl.BlockSpec((None, None, 1, size), lambda c, n, i, k, *s: (s[6][0], s[3][c, i], 0, axis(n, k)))
 
 
 def by_matrix(kinds: Sequence[str | None], refs: Sequence[Any]) -> list[Any]:

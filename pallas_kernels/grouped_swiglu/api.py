@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Num
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.grouped_matmul import cpu
-from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
+from pallas_kernels.grouped_matmul.quantised import check_alike, check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
 from pallas_kernels.grouped_swiglu import gpu, reference, tpu
 from pallas_kernels.mosaic import tree_varying_alike
@@ -77,7 +77,7 @@ def grouped_swiglu(
       group_sizes, group_offset, layer, implementation, chip, tiling: as in `grouped_matmul`.
       gate_scale, up_scale: of quantised weights, as `rhs_scale` in `grouped_matmul`.
       keep_products: when differentiated, keep both products for the backward pass, in the dtype of `lhs` and by the
-        name `residuals.RESIDUAL`: a fifth less work, 2 M F to store.
+        name `residuals.RESIDUAL`: a quarter less work in this op, 2 M F to store.
     """
     contracted, columns = gate.shape[-2:][::-1] if transpose_rhs else gate.shape[-2:]
     if lhs.ndim != 2 or gate.ndim != 3 + (layer is not None) or up.shape != gate.shape or lhs.shape[1] != contracted:
@@ -89,6 +89,7 @@ def grouped_swiglu(
     weights, scales = (gate, up), (gate_scale, up_scale)
     for name, weight, scale in zip(("gate", "up"), weights, scales):
         check_scale(f"grouped_swiglu: {name}", weight, scale, contracted, columns)
+    check_alike("grouped_swiglu: gate and up", weights)
     sizes, first_row = grouped_matmul.local_groups(group_sizes, group_offset, gate.shape[-3])
     if is_quantised(gate.dtype):
         weights, scales = jax.tree.map(frozen, (weights, scales))

@@ -12,14 +12,25 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import glm45_jax as glm
 import pallas_kernels
 from glm45_jax.config import get_preset
 from glm45_jax.plan.kernels import kernel_cases
+from pallas_kernels import flash_attention, fused_moe, grouped_matmul, grouped_swiglu, linear_cross_entropy
 from pallas_kernels.analysis.cases import Case, Source, shapes_of
-from pallas_kernels.analysis.compile import compile_for, missing_compiler, prepare_environment, program_hash
+from pallas_kernels.analysis.compile import (
+    TPU_TOPOLOGIES,
+    compile_for,
+    missing_compiler,
+    prepare_environment,
+    program_hash,
+)
 from pallas_kernels.analysis.schedule import Worker
 from pallas_kernels.chip import CHIPS
 from tests.pallas_kernels.aot_cases import EVERY_SHAPE, ONE_SHAPE, gather
@@ -66,6 +77,65 @@ def test_compiles(case: Case, chip: str) -> None:
     compiled = compile_for(chip, case.function, *case.arguments)
     asked = compiled.argument_bytes + compiled.output_bytes + compiled.temporary_bytes
     assert asked < (16 << 30 if chip == "v5e" else 32 << 30)
+
+
+def _matmul(x, sizes, gate, up, down):
+    """Rows' gradients of another dtype than the matrices come back to it."""
+    return grouped_matmul(x, gate, sizes, preferred_element_type=jnp.float32, implementation="tpu")
+
+
+def _experts(x, sizes, gate, up, down):
+    return grouped_matmul(grouped_swiglu(x, gate, up, sizes, implementation="tpu"), down, sizes, implementation="tpu")
+
+
+def _few_tokens(x, sizes, gate, up, down):
+    indices = jnp.stack([jnp.arange(8), jnp.arange(8) + 1], 1) % gate.shape[0]
+    return fused_moe(x[:8], gate, up, down, indices, jnp.ones((8, 2)) / 2, implementation="tpu")
+
+
+def _attention(x, sizes, gate, up, down):
+    q = x[:, None, None, :128].repeat(2, 2).swapaxes(0, 1)
+    return flash_attention(q, q[:, :, :1], q[:, :, :1], implementation="tpu")
+
+
+def _loss(x, sizes, gate, up, down):
+    return linear_cross_entropy(x, gate[0], jnp.arange(len(x)), implementation="tpu")
+
+
+TRANSFORMED = {
+    "grouped_matmul": _matmul, "experts": _experts, "fused_moe": _few_tokens, "flash_attention": _attention,
+    "linear_cross_entropy": _loss,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [24, 256, 200])
+@pytest.mark.parametrize("op", TRANSFORMED)
+def test_compiles_inside_a_checked_shard_map_under_scan_remat_and_vmap(op: str, width: int) -> None:
+    """With gradients, over four chips that share the weights; experts of any width. Interpreters can't run this."""
+    need_compiler("v5p")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES["v5p"])
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (P("rows"), P("rows"), P(), P(), P())
+
+    def loss(x, sizes, *weights):
+        one = jax.checkpoint(lambda x, sizes: TRANSFORMED[op](x, sizes, *weights).astype(jnp.float32).sum())
+        by_scan = jax.lax.scan(lambda total, args: (total + one(*args), None), jnp.float32(0) * x.sum(), (x, sizes))[0]
+        return (by_scan + jax.vmap(one)(x, sizes).sum())[None]
+
+    def gradients(x, sizes, *weights):
+        mapped = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P("rows"), check_vma=True)
+        return jax.grad(lambda x, *weights: mapped(x, sizes, *weights).sum(), (0, 1, 2, 3))(x, *weights)
+
+    shapes = [(8, 72, 256), (8, 4), (4, 256, width), (4, 256, width), (4, width, 256)]
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.int32 if shape == (8, 4) else jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs)
+    ]
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(gradients).trace(*args).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
+    lowered.compile()
 
 
 EXPORTED = [pytest.param(case, id=case.name) for case in kernel_cases(decoded=(8,), sequence=1024, tokens=1024)]

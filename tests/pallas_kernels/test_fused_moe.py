@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused_moe
+from pallas_kernels.analysis import count_traffic
 from pallas_kernels.chip import named_chip
 from tests.pallas_kernels.support import IMPLEMENTATIONS, on, quantise
 from tests.support import quick_jit
@@ -119,6 +120,37 @@ def test_blocks_and_cores_of_the_tpu_kernel(tokens: int, cores: int, monkeypatch
         )
     expected = _expected(x, gate, up, down, indices, weights)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("what", ["token", "weight"])
+def test_what_is_not_finite_spoils_its_own_row_alone(what: str, implementation: str) -> None:
+    """Slots of a batch that are not in use may hold anything."""
+    gate, up, down = (jnp.asarray(w[0], jnp.float32) for w in _weights())
+    x, weights = jnp.ones((6, D)), jnp.ones((6, 2))
+    x, weights = (x.at[2, 3].set(jnp.nan), weights) if what == "token" else (x, weights.at[2, 1].set(jnp.nan))
+    # the token after it chose experts of other shards alone
+    indices = jnp.array([[1, 4]] * 6).at[3].set(jnp.array([E, E + 1]))
+    x = x.at[3].set(jnp.inf)
+    op = functools.partial(fused_moe, expert_offset=0, implementation=implementation)
+    with on(implementation):
+        out = np.asarray(quick_jit(op)(x, gate, up, down, indices, weights))
+    assert np.isnan(out[2]).all() and (out[3] == 0).all()
+    others = np.delete(out, [2, 3], axis=0)
+    assert np.isfinite(others).all() and (others == others[0]).all() and others.any()
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+def test_a_core_without_experts_fetches_none(num_experts: int) -> None:
+    """A v5p's two cores take turns; bytes are counted by walking the index maps."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)  # noqa: E731
+    indices = np.arange(num_experts, dtype=np.int32)[None]
+    args = shape(1, 4096), *[shape(16, 4096, 1408)] * 2, shape(16, 1408, 4096), indices
+    call = functools.partial(fused_moe, implementation="tpu", chip="v5p")
+    traffic = count_traffic(call, *args, jax.ShapeDtypeStruct(indices.shape, jnp.float32))
+    (kernel,) = traffic.kernels
+    block = 3 * 4096 * 1408 * 2
+    assert num_experts * block <= kernel.read_bytes <= (num_experts + 0.15 + (num_experts == 1)) * block
 
 
 @pytest.mark.parametrize("tokens", [1, 6])

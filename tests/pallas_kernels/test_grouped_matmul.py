@@ -114,6 +114,54 @@ def test_quantised_weights(dtype: str, per: str, transpose: bool, implementation
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("k, n", [(128, 256), (256, 128), (128, 128)])
+def test_blocks_as_wide_as_the_matrix(k: int, n: int, implementation: str) -> None:
+    """A scale [E, 1, 2] is one per block; nothing but its width tells it from one per channel."""
+    sizes, rng = np.array([3, 9], np.int32), np.random.default_rng(0)
+    lhs, dout = rng.normal(size=(12, k)), rng.normal(size=(12, n))
+    values, scale, weights = quantise(rng.normal(size=(2, k, n)), "int8", "block")
+    assert scale.shape == (2, k // 128, n // 128)
+
+    @quick_jit
+    def with_gradient(lhs, dout):
+        product = lambda lhs: grouped_matmul(  # noqa: E731
+            lhs, values, jnp.asarray(sizes), rhs_scale=scale, implementation=implementation
+        )
+        out, pull = jax.vjp(product, lhs)
+        return out, *pull(dout)
+
+    with on(implementation):
+        found = with_gradient(jnp.asarray(lhs, jnp.float32), jnp.asarray(dout, jnp.float32))
+    for x, expected in zip(found, (_expected(lhs, weights, sizes), _expected(dout, weights.mT, sizes))):
+        np.testing.assert_allclose(x, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows, matrices", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_rows_and_matrices_of_two_dtypes(rows: str, matrices: str, implementation: str) -> None:
+    """As good as bfloat16, gradients too, each of the dtype of what it is a gradient of."""
+    sizes, rng = np.array([3, 9], np.int32), np.random.default_rng(0)
+    lhs, dout = jnp.asarray(rng.normal(size=(12, 40)), rows), jnp.asarray(rng.normal(size=(12, 24)), "float32")
+    rhs = jnp.asarray(rng.normal(size=(2, 40, 24)), matrices)
+
+    @quick_jit
+    def with_gradients(lhs, rhs, dout):
+        product = lambda lhs, rhs: grouped_matmul(  # noqa: E731
+            lhs, rhs, jnp.asarray(sizes), preferred_element_type=jnp.float32, implementation=implementation
+        )
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(dout)
+
+    with on(implementation):
+        out, dlhs, drhs = with_gradients(lhs, rhs, dout)
+    assert (out.dtype, dlhs.dtype, drhs.dtype) == (jnp.float32, lhs.dtype, rhs.dtype)
+    lhs, rhs, dout = (np.asarray(x, np.float64) for x in (lhs, rhs, dout))
+    gradient = np.stack([lhs[:3].T @ dout[:3], lhs[3:].T @ dout[3:]])
+    for found, want in ((out, _expected(lhs, rhs, sizes)), (dlhs, _expected(dout, rhs.mT, sizes)), (drhs, gradient)):
+        np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=6e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_experts_of_one_shard(offset: int, implementation: str) -> None:
     """Rows of other shards' experts come out zero and get no gradient; what they hold, NaN too, does not matter."""
@@ -161,6 +209,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         grouped_matmul(lhs, rhs, sizes)
     with pytest.raises(ValueError, match="for 2 groups"):
         grouped_matmul(jnp.zeros((4, 5)), rhs, jnp.array([4]))
+    with pytest.raises(ValueError, match="there are 3 groups, and matrices for 2"):
+        grouped_matmul(jnp.zeros((4, 5)), rhs, jnp.array([4, 0, 0]), group_offset=2)
     with pytest.raises(ValueError, match="no implementation is called fast"):
         grouped_matmul(jnp.zeros((4, 5)), rhs, sizes, implementation="fast")
 

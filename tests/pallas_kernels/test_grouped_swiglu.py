@@ -127,5 +127,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     lhs, gate, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 3, 6)), jnp.array([2, 2])
     with pytest.raises(ValueError, match="don't fit"):
         grouped_swiglu(lhs, gate, gate[:, :, :5], sizes)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        grouped_swiglu(lhs, gate, gate.astype(jnp.int8), sizes, up_scale=jnp.ones((2, 1, 6)))
     with pytest.raises(ValueError, match="needs a scale"):
         grouped_swiglu(lhs, gate.astype(jnp.int8), gate.astype(jnp.int8), sizes)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import grouped_matmul
+from pallas_kernels.analysis import count_traffic
 from pallas_kernels.chip import CHIPS
 from pallas_kernels.fused_moe import tiling as fused_tiling
 from pallas_kernels.grouped_matmul import tiling, work
@@ -33,6 +38,9 @@ def test_every_row_is_visited_once(cores: int) -> None:
                 region_of[mine] = region
             matrix, region = np.asarray(visits.matrix[core, :count]), np.asarray(visits.region[core, :count])
             grouped = (region > 0) & (region <= 6)
+            fetched, tiles = np.asarray(visits.fetched[core, :count]), np.asarray(visits.tile[core, :count])
+            np.testing.assert_array_equal(fetched[grouped], tiles[grouped])
+            assert count > 0 and set(fetched) <= (set(tiles[grouped]) or {0})
             np.testing.assert_array_equal(matrix[grouped], region[grouped] - 1)
             assert (np.diff(matrix) >= 0).all() and set(matrix) <= (set(region[grouped] - 1) or {0})
         assert (owner == 1).all()
@@ -78,3 +86,24 @@ def test_tiles_of_known_shapes() -> None:
     for chip in TPUS:
         chosen = tiling.tile_rows(shape, chip)
         assert (chosen.contracted, chosen.columns) == ((4096, 1408) if chip.name != "v4" else (4096, 512)), chip.name
+
+
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_rows_of_no_group_are_not_fetched(chip: str) -> None:
+    """A shard's share of the rows is one of eight, wherever it lies; results are written whole."""
+    rows, weights = jax.ShapeDtypeStruct((8192, 512), jnp.bfloat16), jax.ShapeDtypeStruct((4, 512, 256), jnp.bfloat16)
+    for offset in (0, 12, 28):
+        op = functools.partial(grouped_matmul, group_offset=offset, implementation="tpu", chip=chip)
+        (kernel,) = count_traffic(op, rows, weights, np.full(32, 256, np.int32)).kernels
+        assert kernel.read_bytes <= 1024 * 512 * 2 + 2 * 512 * (512 * 2) + (4 + 1) * 512 * 256 * 2
+        assert kernel.written_bytes >= 8192 * 256 * 2
+
+
+@pytest.mark.parametrize("offset", [0, 3, 7])
+def test_cores_share_the_rows_of_a_shard(offset: int) -> None:
+    visits = work.over_all_rows(jnp.full(4, 64), jnp.int32(offset * 256), 2048, 32, 2)
+    in_groups = [
+        int(((visits.region[c, : visits.count[c]] > 0) & (visits.region[c, : visits.count[c]] < 5)).sum())
+        for c in range(2)
+    ]
+    assert in_groups == [4, 4]
