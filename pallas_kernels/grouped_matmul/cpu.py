@@ -1,36 +1,140 @@
-"""Grouped matmul as a loop over blocks of rows, each of one group: portable XLA, made for the CPU.
+"""Kernels over rows as loops over blocks of them, each of one group: portable XLA, made for the CPU.
 
 XLA's CPU matmul packs the weights anew at every call, so that small blocks waste time and large ones waste work on rows
 that are not there. So a block holds up to one and a half mean groups, which most groups fill just once, and its product
-is one of eight, of which the next larger than its rows is taken.
+is one of eight, the next larger than its rows. Each of the eight has a loop of its own over its blocks: a choice inside
+one loop would copy what it chose. What a loop carries is written in place, and nothing is padded.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.grouped_matmul.quantised import dequantise
-from pallas_kernels.mosaic import varying_alike
+from pallas_kernels.grouped_matmul.rows import RowKernel
+from pallas_kernels.mosaic import tree_varying_alike
 
 _WAYS = 8  # different products a block may choose from
 _LARGEST_STEP = 64
 
 
-def row_counts(num_rows: int, num_groups: int) -> range:
-    """The numbers of rows for which there is a product, the last one that of a whole block."""
+def row_counts(num_rows: int, num_groups: int) -> list[int]:
+    """The numbers of rows for which there is a product, the last one that of a whole block; none above `num_rows`."""
     reach = max(1, 3 * num_rows // (2 * max(1, num_groups)))
     step = min(_LARGEST_STEP, max(8, -(-reach // (8 * _WAYS)) * 8))
-    return range(step, min(_WAYS, -(-reach // step)) * step + 1, step)
+    counts = range(step, min(_WAYS, -(-reach // step)) * step + 1, step)
+    return sorted({min(n, num_rows) for n in counts})
 
 
-def _switch(counts: range, rows: jax.Array, branch) -> jax.Array:
-    """`branch(n)` for the least n of `counts` that is not below `rows`."""
-    branches = [functools.partial(branch, n) for n in counts]
-    return jax.lax.switch((rows + counts.step - 1) // counts.step - 1, branches)
+def run(
+    kernel: RowKernel,
+    lhs: Sequence[jax.Array],
+    rhs: Sequence[jax.Array],
+    scales: Sequence[jax.Array | None],
+    beside: Sequence[jax.Array],
+    groups: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    transpose_rhs: bool,
+) -> tuple[jax.Array, ...]:
+    """`kernel` over lhs [M, K] each, rhs [L, E, K, N] (or [L, E, N, K]), beside [M, N]; results [M, N].
+
+    `groups`: sizes [E], first row, layer. Rows of no group come out zero.
+    """
+    sizes, first_row, layer = groups
+    num_rows, columns = lhs[0].shape[0], rhs[0].shape[-2 if transpose_rhs else -1]
+
+    def block(n: int, start: jax.Array, rows: jax.Array, group: jax.Array, out: Sequence[jax.Array]):
+        at, ours = _place(n, start, rows, num_rows)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, n)  # noqa: E731
+
+        def product(left, which):
+            matrix, axis = matrix_of(
+                rhs[which], scales[which], layer, group, transpose_rhs=transpose_rhs, dtype=left.dtype
+            )
+            operands = _float32(cut(left)), _float32(matrix)
+            return jax.lax.dot_general(*operands, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+        products = [product(lhs[a], b) for a, b in kernel.pairs]
+        results = kernel.combine(products, [_float32(cut(x)) for x in beside])
+        bits = [_bits(new.astype(dtype)) for new, dtype in zip(results, kernel.out_dtypes)]
+        stored = [jnp.where(ours, new, cut(old)) for new, old in zip(bits, out)]
+        return [jax.lax.dynamic_update_slice_in_dim(old, new, at, 0) for new, old in zip(stored, out)]
+
+    out = [_bits(jnp.zeros((num_rows, columns), dtype)) for dtype in kernel.out_dtypes]
+    out = _over_blocks(sizes, first_row, num_rows, block, out, varying_as=lhs[0])
+    return tuple(x.view(dtype) for x, dtype in zip(out, kernel.out_dtypes))
+
+
+def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype):
+    """[M, K] x [L, E, K, N] (or [L, E, N, K]) -> [M, N]."""
+    kernel = RowKernel("grouped_matmul", ((0, 0),), lambda products, _: products, (dtype,))
+    groups = (group_sizes, first_row, layer)
+    return run(kernel, [lhs], [rhs], [scale], [], groups, transpose_rhs=transpose_rhs)[0]
+
+
+def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
+    """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
+    num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
+    left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
+
+    def block(n: int, start: jax.Array, rows: jax.Array, group: jax.Array, total: jax.Array) -> jax.Array:
+        at, ours = _place(n, start, rows, num_rows)
+        # both sides: what lies past the group may be NaN
+        cut = lambda x: _float32(jnp.where(ours, jax.lax.dynamic_slice_in_dim(x, at, n), 0))  # noqa: E731
+        contract = (((0,), (0,)), ((), ()))
+        product = jax.lax.dot_general(cut(left), cut(right), contract, preferred_element_type=jnp.float32)
+        sum_ = jax.lax.dynamic_index_in_dim(total, group, keepdims=False) + product
+        return jax.lax.dynamic_update_index_in_dim(total, sum_, group, 0)
+
+    total = jnp.zeros((num_groups, left.shape[1], right.shape[1]), jnp.float32)
+    return _over_blocks(group_sizes, first_row, num_rows, block, total, varying_as=left).astype(dtype)
+
+
+def matrix_of(rhs, scale, layer, group, *, transpose_rhs, dtype):
+    """One matrix out of the stack, dequantised where it has a scale, and the axis of it that is contracted."""
+    if rhs.dtype == jnp.bfloat16:  # else XLA widens the whole stack, once and for all groups
+        rhs, group = jax.lax.optimization_barrier((rhs, group))
+    cut = lambda stack: jax.lax.dynamic_slice(stack, (layer, group, 0, 0), (1, 1, *stack.shape[2:]))[0, 0]  # noqa: E731
+    if scale is None:
+        return cut(rhs), 1 if transpose_rhs else 0
+    return dequantise(cut(rhs), cut(scale), transpose_rhs=transpose_rhs, dtype=dtype), 0
+
+
+def _over_blocks(
+    sizes: jax.Array,
+    first_row: jax.Array,
+    num_rows: int,
+    block: Callable[..., Any],
+    carry: Any,
+    varying_as: jax.Array,
+) -> Any:
+    """`carry` after `block(n, start, rows, group, carry)` for every block; n, of `row_counts`, is static."""
+    counts = jnp.array(ways := row_counts(num_rows, sizes.shape[0]))
+    work = blocks.cut(sizes, num_rows, ways[-1])
+    is_block = jnp.arange(len(work.start)) < work.count
+    way = jnp.where(is_block, jnp.searchsorted(counts, work.rows), len(ways))
+    order = jnp.argsort(way, stable=True)
+    ends = jnp.searchsorted(way[order], jnp.arange(len(ways)), side="right")
+    carry, _ = tree_varying_alike((carry, varying_as))
+    for w, n in enumerate(ways):
+
+        def step(i, carry, n=n):
+            return block(n, first_row + work.start[order[i]], work.rows[order[i]], work.group[order[i]], carry)
+
+        carry = jax.lax.fori_loop(ends[w - 1] if w else 0, ends[w], step, carry)
+    return carry
+
+
+def _place(n: int, start: jax.Array, rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Where n rows begin that hold `rows` from `start` on, and which of them those are, [n, 1]."""
+    at = jnp.minimum(start, num_rows - n)
+    row = at + jnp.arange(n)[:, None]
+    return at, (row >= start) & (row < start + rows)
 
 
 def _float32(x: jax.Array) -> jax.Array:
@@ -38,60 +142,6 @@ def _float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def matrix_of(rhs, scale, layer, group, *, transpose_rhs, dtype):
-    """One matrix out of the stack, dequantised where it has a scale, and the axis of it that is contracted."""
-    cut = lambda stack: jax.lax.dynamic_slice(stack, (layer, group, 0, 0), (1, 1, *stack.shape[2:]))[0, 0]  # noqa: E731
-    if scale is None:
-        return cut(rhs), 1 if transpose_rhs else 0
-    return dequantise(cut(rhs), cut(scale), transpose_rhs=transpose_rhs, dtype=dtype), 0
-
-
-def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype):
-    """[M, K] x [L, E, K, N] (or [L, E, N, K]) -> [M, N]."""
-    num_rows, columns = lhs.shape[0], rhs.shape[-2 if transpose_rhs else -1]
-    counts = row_counts(num_rows, group_sizes.shape[0])
-    work = blocks.cut(group_sizes, num_rows, counts[-1])
-    lhs = jnp.pad(lhs, ((0, counts[-1]), (0, 0)))
-
-    def step(i, out):
-        start, rows = first_row + work.start[i], work.rows[i]
-
-        def product(n):
-            matrix, axis = matrix_of(rhs, scale, layer, work.group[i], transpose_rhs=transpose_rhs, dtype=lhs.dtype)
-            left, matrix = _float32(jax.lax.dynamic_slice_in_dim(lhs, start, n)), _float32(matrix)
-            contract = (((1,), (axis,)), ((), ()))
-            y = jax.lax.dot_general(left, matrix, contract, preferred_element_type=jnp.float32)
-            return jnp.pad(y.astype(dtype), ((0, counts[-1] - n), (0, 0)))
-
-        y = _switch(counts, rows, product)
-        y = jnp.where(jnp.arange(counts[-1])[:, None] < rows, y, 0)  # a later block overwrites the zeros with its own
-        return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
-
-    out, _ = varying_alike(jnp.zeros((num_rows + counts[-1], columns), dtype), lhs)
-    return jax.lax.fori_loop(0, work.count, step, out)[:num_rows]
-
-
-def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
-    """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
-    num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
-    left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
-    counts = row_counts(num_rows, num_groups)
-    work = blocks.cut(group_sizes, num_rows, counts[-1])
-    left, right = (jnp.pad(x, ((0, counts[-1]), (0, 0))) for x in (left, right))
-    contract = (((0,), (0,)), ((), ()))
-
-    def step(i, total):
-        start, rows, group = first_row + work.start[i], work.rows[i], work.group[i]
-
-        def product(n):
-            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, n)  # noqa: E731
-            # both sides: what lies past the group may be NaN
-            ours = lambda x: jnp.where(jnp.arange(n)[:, None] < rows, cut(x), 0)  # noqa: E731
-            operands = _float32(ours(left)), _float32(ours(right))
-            return jax.lax.dot_general(*operands, contract, preferred_element_type=jnp.float32)
-
-        sum_ = jax.lax.dynamic_index_in_dim(total, group, keepdims=False) + _switch(counts, rows, product)
-        return jax.lax.dynamic_update_index_in_dim(total, sum_, group, 0)
-
-    total, _ = varying_alike(jnp.zeros((num_groups, left.shape[1], right.shape[1]), jnp.float32), left)
-    return jax.lax.fori_loop(0, work.count, step, total).astype(dtype)
+def _bits(x: jax.Array) -> jax.Array:
+    """XLA updates bfloat16 arrays on CPU by widening them whole, integers in place."""
+    return x.view(jnp.uint16) if x.dtype == jnp.bfloat16 else x

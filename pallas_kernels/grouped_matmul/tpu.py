@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pallas_kernels.chip import tpu_to_tile_for
 from pallas_kernels.grouped_matmul import tpu_gradient, tpu_rows
+from pallas_kernels.grouped_matmul.rows import RowKernel
 
 
 def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype, chip=None, tiling=None):
     """[M, K] x [L, E, K, N] (or [L, E, N, K]) -> [M, N]."""
-    kernel = tpu_rows.RowKernel("grouped_matmul", ((0, 0),), lambda products, _: products, (dtype,))
+    kernel = RowKernel("grouped_matmul", ((0, 0),), lambda products, _: products, (dtype,))
     (out,) = tpu_rows.run(
         kernel, [lhs], [rhs], [scale], [], (group_sizes, first_row, layer),
-        transpose_rhs=transpose_rhs, chip=tpu_to_tile_for(chip), tiling=tiling,
+        transpose_rhs=transpose_rhs, chip=chip, tiling=tiling,
     )  # fmt: skip
     return out
 

@@ -19,30 +19,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chip import Chip
+from pallas_kernels.chip import tpu_to_tile_for
 from pallas_kernels.grouped_matmul import tiling as tilings
 from pallas_kernels.grouped_matmul import tpu_scale, work
 from pallas_kernels.grouped_matmul.quantised import is_quantised
+from pallas_kernels.grouped_matmul.rows import Products, RowKernel
 from pallas_kernels.mosaic import kernel_output, tpu_params, varying_alike
-
-Products = Sequence[jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowKernel:
-    """What a kernel does with the products of a step of rows.
-
-    Attributes:
-      name: of the kernel, in profiles.
-      pairs: which lhs meets which matrix.
-      combine: from the products and the tiles beside, all [step, columns] in float32, to the results.
-      out_dtypes: of the results.
-    """
-
-    name: str
-    pairs: tuple[tuple[int, int], ...]
-    combine: Callable[[Products, Products], Products]
-    out_dtypes: tuple[Any, ...]
 
 
 def run(
@@ -54,7 +36,7 @@ def run(
     groups: tuple[jax.Array, jax.Array, jax.Array],
     *,
     transpose_rhs: bool,
-    chip: Chip,
+    chip: str | None = None,
     tiling: tilings.Tiling | None = None,
 ) -> tuple[jax.Array, ...]:
     """`kernel` over lhs [M, K] each, rhs [L, E, K, N] (or [L, E, N, K]), beside [M, N]; results [M, N].
@@ -63,6 +45,7 @@ def run(
     dtype: beside dense matrices rows take theirs, so that float32 rows are rounded to bfloat16 where the matrices are,
     as in XLA's own products on TPUs.
     """
+    chip_of = tpu_to_tile_for(chip)
     if not is_quantised(rhs[0].dtype):
         lhs = [x.astype(rhs[0].dtype) for x in lhs]
     num_rows, contracted = lhs[0].shape
@@ -74,15 +57,15 @@ def run(
     shape = tilings.Shape(
         num_rows, contracted, columns, num_groups, operands, (lhs[0].dtype, rhs[0].dtype, widest)
     )  # fmt: skip
-    tiling = tiling or tilings.tile_rows(shape, chip)
+    tiling = tiling or tilings.tile_rows(shape, chip_of)
     sizes, first_row, layer = groups
-    cores = min(chip.cores, -(-num_rows // tiling.rows))
+    cores = min(chip_of.cores, -(-num_rows // tiling.rows))
     visits = work.over_all_rows(sizes, first_row, num_rows, tiling.rows, cores)
     kinds, scales = tpu_scale.lay_out(scales, rhs, transpose_rhs=transpose_rhs)
     given = [x for x in scales if x is not None]
     scalars = (*visits, layer[None])
     inputs = varying_alike(*scalars, *lhs, *rhs, *given, *beside)
-    chunk = tilings.column_chunk(tiling, len(kernel.pairs), chip)
+    chunk = tilings.column_chunk(tiling, len(kernel.pairs), chip_of)
     steps_contracted = -(-contracted // tiling.contracted)
     frame = _Frame(kernel, tiling, chunk, operands, tuple(kinds), transpose_rhs, steps_contracted, num_groups)
     most_visits = jnp.max(inputs[len(visits) - 1])
@@ -96,7 +79,7 @@ def run(
             out_specs=[_out_spec(frame)] * len(kernel.out_dtypes),
             scratch_shapes=_scratch(frame, lhs[0].dtype),
         ),
-        compiler_params=tpu_params(chip, "parallel", "arbitrary", "arbitrary", "arbitrary"),
+        compiler_params=tpu_params(chip_of, "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name=kernel.name,
     )(*inputs)
 

@@ -16,21 +16,17 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import api as grouped_matmul
-from pallas_kernels.grouped_matmul import cpu
+from pallas_kernels.grouped_matmul import cpu, tpu_rows
 from pallas_kernels.grouped_matmul.quantised import check_alike, check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
-from pallas_kernels.grouped_swiglu import gpu, reference, tpu
+from pallas_kernels.grouped_swiglu import fused, gpu, reference
 from pallas_kernels.mosaic import tree_varying_alike
 from pallas_kernels.residuals import keep
 
 _IMPLEMENTATIONS = {
     "reference": reference.with_matmul(reference.reference.forward),
-    "cpu": reference.with_matmul(cpu.forward),
-    "tpu": {
-        "forward": tpu.forward,
-        "product_gradients": tpu.product_gradients,
-        "lhs_gradient": tpu.lhs_gradient,
-    },
+    "cpu": fused.with_frame(cpu.run),
+    "tpu": fused.with_frame(tpu_rows.run),
     "gpu": {
         "forward": gpu.forward,
         "product_gradients": gpu.product_gradients,
