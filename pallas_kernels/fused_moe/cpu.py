@@ -8,18 +8,13 @@ left, because XLA packs the right side, and in two halves, because each copy is 
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.fused_moe.reference import local_experts
-from pallas_kernels.grouped_matmul import blocks
-from pallas_kernels.grouped_matmul.cpu import matrix_of
-from pallas_kernels.mosaic import varying_alike
+from pallas_kernels.grouped_matmul.cpu import matrix_of, over_blocks, place
 
 _COUNTS = (1, 2, 3, 4, 8, 16)  # the numbers of rows for which there is a product
-_BLOCK = _COUNTS[-1]
 _ROW_BY_ROW = 4
 
 
@@ -47,23 +42,17 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
     num_rows, num_experts = num_tokens * top_k, matrices[0].shape[1]
     local = indices.reshape(-1) if offset is None else local_experts(indices, offset, num_experts).reshape(-1)
     order = jnp.argsort(local, stable=True)
-    token = jnp.pad(order // top_k, (0, _BLOCK))
+    token = order // top_k
     sizes = jnp.bincount(local, length=num_experts + 1)[:num_experts]  # rows of other shards' experts come last
-    work = blocks.cut(sizes, num_rows, _BLOCK)
 
-    def block(n, start, e):
-        y = expert(x[jax.lax.dynamic_slice_in_dim(token, start, n)], e)
-        return jnp.pad(y, ((0, _BLOCK - n), (0, 0)))
+    def block(n, start, rows, e, out):
+        at, ours = place(n, start, rows, num_rows)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, n)  # noqa: E731
+        y = jnp.where(ours, expert(x[cut(token)], e), cut(out))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
-    def step(i, out):
-        start, which = work.start[i], jnp.searchsorted(jnp.array(_COUNTS), work.rows[i])
-        y = jax.lax.switch(which, [functools.partial(block, n) for n in _COUNTS], start, work.group[i])
-        return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)  # a later block overwrites what lies past this one
-
-    start, _ = varying_alike(jnp.zeros((num_rows + _BLOCK, x.shape[1]), jnp.float32), x)
-    out = jax.lax.fori_loop(0, work.count, step, start)
+    counts = [n for n in _COUNTS if n < num_rows] + [min(num_rows, _COUNTS[-1])]
+    out = jnp.zeros((num_rows, x.shape[1]), jnp.float32)
+    out = over_blocks(sizes, 0, num_rows, sorted(set(counts)), block, out, varying_as=x)
     answers = out[jnp.argsort(order).reshape(num_tokens, top_k)]
-    if offset is not None:
-        inside = local.reshape(num_tokens, top_k, 1) < num_experts
-        answers = jnp.where(inside, answers, 0)  # past the last block lie rows that no one asked for
     return jnp.einsum("tk,tkd->td", weights, answers).astype(x.dtype)

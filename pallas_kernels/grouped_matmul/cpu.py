@@ -49,7 +49,7 @@ def run(
     num_rows, columns = lhs[0].shape[0], rhs[0].shape[-2 if transpose_rhs else -1]
 
     def block(n: int, start: jax.Array, rows: jax.Array, group: jax.Array, out: Sequence[jax.Array]):
-        at, ours = _place(n, start, rows, num_rows)
+        at, ours = place(n, start, rows, num_rows)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, n)  # noqa: E731
 
         def product(left, which):
@@ -66,7 +66,8 @@ def run(
         return [jax.lax.dynamic_update_slice_in_dim(old, new, at, 0) for new, old in zip(stored, out)]
 
     out = [_bits(jnp.zeros((num_rows, columns), dtype)) for dtype in kernel.out_dtypes]
-    out = _over_blocks(sizes, first_row, num_rows, block, out, varying_as=lhs[0])
+    counts = row_counts(num_rows, sizes.shape[0])
+    out = over_blocks(sizes, first_row, num_rows, counts, block, out, varying_as=lhs[0])
     return tuple(x.view(dtype) for x, dtype in zip(out, kernel.out_dtypes))
 
 
@@ -83,7 +84,7 @@ def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
     left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
 
     def block(n: int, start: jax.Array, rows: jax.Array, group: jax.Array, total: jax.Array) -> jax.Array:
-        at, ours = _place(n, start, rows, num_rows)
+        at, ours = place(n, start, rows, num_rows)
         # both sides: what lies past the group may be NaN
         cut = lambda x: _float32(jnp.where(ours, jax.lax.dynamic_slice_in_dim(x, at, n), 0))  # noqa: E731
         contract = (((0,), (0,)), ((), ()))
@@ -92,7 +93,8 @@ def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
         return jax.lax.dynamic_update_index_in_dim(total, sum_, group, 0)
 
     total = jnp.zeros((num_groups, left.shape[1], right.shape[1]), jnp.float32)
-    return _over_blocks(group_sizes, first_row, num_rows, block, total, varying_as=left).astype(dtype)
+    counts = row_counts(num_rows, num_groups)
+    return over_blocks(group_sizes, first_row, num_rows, counts, block, total, varying_as=left).astype(dtype)
 
 
 def matrix_of(rhs, scale, layer, group, *, transpose_rhs, dtype):
@@ -105,23 +107,25 @@ def matrix_of(rhs, scale, layer, group, *, transpose_rhs, dtype):
     return dequantise(cut(rhs), cut(scale), transpose_rhs=transpose_rhs, dtype=dtype), 0
 
 
-def _over_blocks(
+def over_blocks(
     sizes: jax.Array,
-    first_row: jax.Array,
+    first_row: jax.Array | int,
     num_rows: int,
+    counts: Sequence[int],
     block: Callable[..., Any],
     carry: Any,
     varying_as: jax.Array,
 ) -> Any:
-    """`carry` after `block(n, start, rows, group, carry)` for every block; n, of `row_counts`, is static."""
-    counts = jnp.array(ways := row_counts(num_rows, sizes.shape[0]))
-    work = blocks.cut(sizes, num_rows, ways[-1])
+    """`carry` after `block(n, start, rows, group, carry)` for every block; n, the least of `counts` that holds its
+    rows, is static. A block has at most the largest of `counts`, none of which may be above `num_rows`.
+    """
+    work = blocks.cut(sizes, num_rows, counts[-1])
     is_block = jnp.arange(len(work.start)) < work.count
-    way = jnp.where(is_block, jnp.searchsorted(counts, work.rows), len(ways))
+    way = jnp.where(is_block, jnp.searchsorted(jnp.array(counts), work.rows), len(counts))
     order = jnp.argsort(way, stable=True)
-    ends = jnp.searchsorted(way[order], jnp.arange(len(ways)), side="right")
+    ends = jnp.searchsorted(way[order], jnp.arange(len(counts)), side="right")
     carry, _ = tree_varying_alike((carry, varying_as))
-    for w, n in enumerate(ways):
+    for w, n in enumerate(counts):
 
         def step(i, carry, n=n):
             return block(n, first_row + work.start[order[i]], work.rows[order[i]], work.group[order[i]], carry)
@@ -130,7 +134,7 @@ def _over_blocks(
     return carry
 
 
-def _place(n: int, start: jax.Array, rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+def place(n: int, start: jax.Array, rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """Where n rows begin that hold `rows` from `start` on, and which of them those are, [n, 1]."""
     at = jnp.minimum(start, num_rows - n)
     row = at + jnp.arange(n)[:, None]
