@@ -69,8 +69,13 @@ class Report:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-def examine(case: Case, source: Source, chip: str, worker: Worker | None) -> Report:
-    """Counts, and compiles where there is a worker for it. Whatever goes wrong is said in the report."""
+def examine(
+    case: Case, source: Source, chip: str, worker: Worker | None, answer: dict[str, Any] | None = None
+) -> Report:
+    """Counts, and compiles where there is a worker for it. Whatever goes wrong is said in the report.
+
+    `answer`: of the worker, where the same program has been compiled before.
+    """
     report = Report(case.name, chip, case.least_bytes, case.flops)
     try:
         if case.platform == "tpu":
@@ -87,10 +92,11 @@ def examine(case: Case, source: Source, chip: str, worker: Worker | None) -> Rep
         report = dataclasses.replace(report, notes=(f"bytes not counted: {e}",))
     except Exception as e:  # an op that cannot be traced: the compiler's answer is the same error
         return dataclasses.replace(report, error=f"{type(e).__name__}: {str(e)[:500]}")
-    if worker is None:
+    if worker is not None and answer is None:
+        answer = worker.analyse(source, case.name, chip)
+    if answer is None:
         return report
-    answer = worker.analyse(source, case.name, chip)
     if "error" in answer:
         return dataclasses.replace(report, error=answer["error"])
-    schedules = tuple(answer.pop("schedules"))
-    return dataclasses.replace(report, schedules=schedules, memory=answer)
+    memory = {name: value for name, value in answer.items() if name != "schedules"}
+    return dataclasses.replace(report, schedules=tuple(answer["schedules"]), memory=memory)
