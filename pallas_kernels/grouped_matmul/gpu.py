@@ -22,5 +22,7 @@ def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
     """The gradient of one layer's matrices, [E, K, N] (or [E, N, K]), from [M, K] and [M, N]."""
     from pallas_kernels.grouped_matmul.gpu_gradient import products_by_group
 
-    left, right = (x.astype(dtype) for x in ((dout, lhs) if transpose_rhs else (lhs, dout)))
+    left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
+    if left.dtype != right.dtype:
+        left, right = left.astype(dtype), right.astype(dtype)
     return products_by_group(left, right, group_sizes, first_row, dtype)

@@ -80,6 +80,8 @@ def row_bytes(tiling: Tiling, shape: Shape) -> int:
     dense = num_rhs * matrix * lhs if rhs == 1 else 0  # dequantised
     sums = 0 if tiling.contracted == shape.contracted else num_rhs * tile * 4
     temporaries = (num_rhs + num_beside + 2) * tiling.step * _lanes(tiling.columns) * 4
+    if lhs == 4:  # multiplied in three parts of bfloat16 each
+        temporaries += 6 * tiling.contracted * (num_lhs * tiling.step + num_rhs * LANES)
     return 2 * moved + dense + sums + temporaries
 
 
@@ -104,26 +106,29 @@ def row_step(shape: Shape, chip: Chip) -> int:
 
 # Products are straight runs of instructions. A longer one wastes fewer slots where it begins and ends, and takes longer
 # to compile; on a v5p the shortest that counts as long enough has some 6,000 instructions, of which 3 % begin and end.
+# A float32 multiplication is six of bfloat16, of three parts of each operand: long runs spill more registers than a
+# tpu7x has VMEM for.
 
 
-def _long_enough(chip: Chip) -> int:
+def _long_enough(chip: Chip, dtype: Any) -> int:
     """Multiplications in a run."""
-    return chip.matrix_unit**2 << 15
+    return chip.matrix_unit**2 << (11 if jnp.dtype(dtype).itemsize == 4 else 15)
 
 
 def _shorten(tiling: Tiling, shape: Shape, chip: Chip) -> Tiling:
     """Fewer rows at a time where runs are longer than they need be; fewer rows of other groups come along then, too."""
-    run = shape.operands[1] * tiling.step * tiling.contracted * column_chunk(tiling, shape.operands[1], chip)
-    halves = run >= 2 * _long_enough(chip) and tiling.step % 2 == 0 and tiling.step >= chip.matrix_unit
+    dtype = shape.dtypes[0]
+    run = shape.operands[1] * tiling.step * tiling.contracted * column_chunk(tiling, shape.operands[1], chip, dtype)
+    halves = run >= 2 * _long_enough(chip, dtype) and tiling.step % 2 == 0 and tiling.step >= chip.matrix_unit
     return dataclasses.replace(tiling, step=tiling.step // 2) if halves else tiling
 
 
-def column_chunk(tiling: Tiling, products: int, chip: Chip) -> int:
+def column_chunk(tiling: Tiling, products: int, chip: Chip, dtype: Any) -> int:
     """Columns of a block that one run multiplies; over the rest of the block it is a loop."""
     for count in range(tiling.columns // LANES, 0, -1):
         chunk = tiling.columns // count
         is_whole = tiling.columns % count == 0 and chunk % LANES == 0
-        if is_whole and products * tiling.step * tiling.contracted * chunk >= _long_enough(chip):
+        if is_whole and products * tiling.step * tiling.contracted * chunk >= _long_enough(chip, dtype):
             return chunk
     return tiling.columns
 
@@ -144,13 +149,14 @@ def tile_gradient(rows: int, contracted: int, columns: int, dtypes: tuple[Any, A
     pack = 8 * (4 // jnp.dtype(dtypes[0]).itemsize)
     # every step loads and stores all sums: the faster the matrix units, the more rows it must take to be worth that
     step = min(chip.matrix_unit**2 // LANES, -(-rows // pack) * pack)
+    longest = (2 if jnp.dtype(dtypes[0]).itemsize == 2 else 8) * _long_enough(chip, dtypes[0])
     best: tuple[int, GradientTiling] | None = None
     for block_rows in _row_tiles(rows, step):
         for k in _cuts(contracted, chip.cores):
             for n in _cuts(columns, 1):
                 tiling = GradientTiling(block_rows, k, n, step)
                 moved = contracted * -(-columns // n) + columns * -(-contracted // k)
-                is_short = step * k * n <= 2 * _long_enough(chip) or (k <= _CHUNK and n <= _CHUNK)
+                is_short = step * k * n <= longest or (k <= _CHUNK and n <= _CHUNK)
                 fitting = is_short and fits(gradient_bytes(tiling, dtypes), chip)
                 if fitting and (best is None or moved < best[0]):
                     best = moved, tiling

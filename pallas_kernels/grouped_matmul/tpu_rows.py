@@ -65,7 +65,7 @@ def run(
     given = [x for x in scales if x is not None]
     scalars = (*visits, layer[None])
     inputs = varying_alike(*scalars, *lhs, *rhs, *given, *beside)
-    chunk = tilings.column_chunk(tiling, len(kernel.pairs), chip_of)
+    chunk = tilings.column_chunk(tiling, len(kernel.pairs), chip_of, lhs[0].dtype)
     steps_contracted = -(-contracted // tiling.contracted)
     frame = _Frame(kernel, tiling, chunk, operands, tuple(kinds), transpose_rhs, steps_contracted, num_groups)
     most_visits = jnp.max(inputs[len(visits) - 1])

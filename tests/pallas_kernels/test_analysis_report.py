@@ -164,6 +164,19 @@ def test_only_rows_whose_program_changed_are_done_again(proving, capsys) -> None
     assert proving("b")[1] == ["v5e", "v5p", "tpu7x"] and proving("b", check=True)[0] == 0
 
 
+def test_a_program_that_two_cases_share_is_compiled_once(monkeypatch, tmp_path) -> None:
+    worker, other = FakeWorker(), dataclasses.replace(CASE, name=CASE.name + ", zipf")
+    monkeypatch.setattr(prove_kernels, "gather", lambda functions: [(SOURCE, CASE), (SOURCE, other)])
+    monkeypatch.setattr(prove_kernels, "Worker", lambda: worker)
+    monkeypatch.setattr(prove_kernels, "hash_of", lambda case, chip: f"the same on {chip}")
+    monkeypatch.setattr(prove_kernels, "missing_compiler", lambda chip: None)
+    file = tmp_path / "kernels.json"
+    assert prove_kernels.main(prove_kernels.Options(json=file)) == 0
+    rows = json.loads(file.read_text())[prove_kernels.version()]
+    assert len(worker.asked) == 4 and len(rows) == 8
+    assert rows[f"{CASE.name} @ v5p"] == rows[f"{other.name} @ v5p"]
+
+
 def test_what_does_not_compile_is_a_row_and_tried_again(proving) -> None:
     code, _, rows = proving(answer={"error": "too much VMEM"})
     assert code == 1 and all(row["error"] == "too much VMEM" for row in rows.values())

@@ -103,8 +103,9 @@ def gpu_cases():
 
 
 def gpu_matrix():
-    widths = [(m, e, k, f) for m, e in ((8192, 16), (64, 160)) for k, f in ((4096, 1408), (5120, 1536))]
-    layouts = [(*width, transpose) for width in widths for transpose in (False, True)]
+    shapes = [(4096, 1408), (5120, 1536)]
+    layouts = [(8192, 16, *shape, transpose) for shape in shapes for transpose in (False, True)]
+    layouts += [(64, 160, *shape, True) for shape in shapes]
     both = [(m, e, *kn, transpose) for m, e, k, f, transpose in layouts for kn in ((k, f), (f, k))]
     matmuls = [case for shape in both for case in _grouped_matmul(*shape)]
     swiglu = [case for shape in layouts for case in _grouped_swiglu(*shape)]

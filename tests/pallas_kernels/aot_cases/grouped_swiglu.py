@@ -20,8 +20,9 @@ def cases() -> list[Case]:
 
 
 def matrix() -> list[Case]:
-    shapes = [{"m": m, **sizes} for m in (8192, 32768) for sizes in (AIR, FULL)]
+    shapes = [{"m": 8192, **AIR}, {"m": 8192, **FULL}, {"m": 32768, **AIR}]
     shapes += [{"m": 32768, **AIR, "spread": "zipf"}, {"m": 8192, **AIR, "keep_products": True}]
+    shapes += [{"m": 8192, **FULL, "dtype": jnp.float32}]
     beside = [in_three_steps(m, **AIR) for m in (8192, 32768)]
     return [make(**shape) for shape in shapes for make in (forward, backward)] + beside
 
@@ -54,9 +55,9 @@ def in_three_steps(m: int, k: int, f: int, **options: Any) -> Case:
     return Case(f"grouped_swiglu/in three steps, {what}", op, args, nbytes(args[:3], hidden), 4.0 * m * k * f)
 
 
-def _shapes(m, k, f, *, groups: int = 16, spread: str = "balanced", keep_products: bool = False):
-    lhs, weights, hidden = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((m, k), (groups, k, f), (m, f)))
+def _shapes(m, k, f, *, groups=16, spread="balanced", keep_products=False, dtype: Any = jnp.bfloat16):
+    lhs, weights, hidden = (jax.ShapeDtypeStruct(s, dtype) for s in ((m, k), (groups, k, f), (m, f)))
     kept = ", products kept" if keep_products else ""
-    what = f"M={m} K={k} F={f} E={groups}, bfloat16, {spread}{kept}"
+    what = f"M={m} K={k} F={f} E={groups}, {jnp.dtype(dtype)}, {spread}{kept}"
     how = {"implementation": "tpu", "keep_products": keep_products}
     return what, (lhs, weights, weights, group_sizes(m, groups, spread)), hidden, how
