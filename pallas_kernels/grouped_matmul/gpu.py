@@ -13,9 +13,7 @@ def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dt
     if scale is not None:
         raise NotImplementedError("grouped_matmul: quantised weights have no Mosaic GPU kernel")
     groups = (group_sizes, first_row, layer)
-    return rows_by_group(
-        lhs.astype(rhs.dtype), [rhs], *groups, transpose_rhs=transpose_rhs, dtype=dtype, finish=lambda y: y
-    )
+    return rows_by_group(lhs, [rhs], *groups, transpose_rhs=transpose_rhs, dtype=dtype, finish=lambda y: y)
 
 
 def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
@@ -23,6 +21,4 @@ def rhs_gradient(lhs, dout, group_sizes, first_row, *, transpose_rhs, dtype):
     from pallas_kernels.grouped_matmul.gpu_gradient import products_by_group
 
     left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
-    if left.dtype != right.dtype:
-        left, right = left.astype(dtype), right.astype(dtype)
     return products_by_group(left, right, group_sizes, first_row, dtype)

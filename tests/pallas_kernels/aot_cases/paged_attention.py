@@ -23,7 +23,6 @@ def matrix() -> list[Case]:
     pages_of = [jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn]
     return [
         *(decoding(64, dtype) for dtype in pages_of),
-        decoding(256, jnp.bfloat16, page_size=128),
         *(mixed(dtype) for dtype in pages_of),
         decoding(64, jnp.float32, dtype=jnp.float32),
         decoding(64, jnp.bfloat16, heads=(12, 1, 128)),  # one of eight devices
