@@ -88,8 +88,8 @@ def cuda_folder() -> str | None:
 
 
 @functools.cache
-def described_mesh(chip: str) -> Mesh:
-    """A mesh of one device of the chip, described to the compiler.
+def described_mesh(chip: str, devices: int = 1) -> Mesh:
+    """A mesh of one axis, "x", of devices of the chip, described to the compiler; a TPU's has up to four.
 
     Raises:
       CompilerMissingError: libtpu, or the CUDA plugin with ptxas, is not installed.
@@ -103,7 +103,7 @@ def described_mesh(chip: str) -> Mesh:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=chip, target_config=_H100, topology="1x1x1"
         )
-    return Mesh(np.array(topology.devices[:1]), ("x",))
+    return Mesh(np.array(topology.devices[:devices]), ("x",))
 
 
 def compile_for(chip: str, fn: Callable[..., Any], *args: Any) -> Compiled:

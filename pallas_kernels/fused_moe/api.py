@@ -110,7 +110,7 @@ def _bwd(options, residuals, dout):
 
     def sorted_form(x, matrices, weights):
         stack = lambda a: a.reshape(-1, *a.shape[-3:])  # noqa: E731
-        args = (x, *jax.tree.map(stack, (matrices, scales)), indices, weights, 0 if offset is None else offset, layer)
+        args = (x, *jax.tree.map(stack, (matrices, scales)), indices, weights, offset, layer)
         how = {name: getattr(options, name) for name in ("transpose_rhs", "implementation", "chip")}
         return reference.forward(*args, **how)
 

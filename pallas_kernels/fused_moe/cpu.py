@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.fused_moe.reference import local_experts
-from pallas_kernels.grouped_matmul.cpu import matrix_of, over_blocks, place
+from pallas_kernels.grouped_matmul.cpu import matrix_of, over_blocks, place, store
 
 _COUNTS = (1, 2, 3, 4, 8, 16)  # the numbers of rows for which there is a product
 _ROW_BY_ROW = 4
@@ -47,12 +47,9 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
 
     def block(n, start, rows, e, out):
         at, ours = place(n, start, rows, num_rows)
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, n)  # noqa: E731
-        y = jnp.where(ours, expert(x[cut(token)], e), cut(out))
-        return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
+        return store(out, expert(x[jax.lax.dynamic_slice_in_dim(token, at, n)], e), at, ours)
 
-    counts = [n for n in _COUNTS if n < num_rows] + [min(num_rows, _COUNTS[-1])]
     out = jnp.zeros((num_rows, x.shape[1]), jnp.float32)
-    out = over_blocks(sizes, 0, num_rows, sorted(set(counts)), block, out, varying_as=x)
+    out = over_blocks(sizes, 0, num_rows, _COUNTS, block, out, varying_as=x)
     answers = out[jnp.argsort(order).reshape(num_tokens, top_k)]
     return jnp.einsum("tk,tkd->td", weights, answers).astype(x.dtype)

@@ -19,7 +19,6 @@ def forward(
 ):  # fmt: skip
     """[T, D] -> [T, D], differentiable; see `api.fused_moe`. `implementation`, `chip`: of the grouped matmuls."""
     (gate, up, down), (gate_scale, up_scale, down_scale) = matrices, scales
-    offset = 0 if offset is None else offset
     num_experts, top_k = gate.shape[1], indices.shape[1]
     expert = local_experts(indices, offset, num_experts).reshape(-1)
     order = jnp.argsort(expert, stable=True)
@@ -33,7 +32,7 @@ def forward(
     return weighted.sum(1).astype(x.dtype)
 
 
-def local_experts(indices: jax.Array, offset: jax.Array, num_experts: int) -> jax.Array:
+def local_experts(indices: jax.Array, offset: jax.Array | None, num_experts: int) -> jax.Array:
     """Which of the given experts each is, `num_experts` for those of other shards."""
-    local = indices - offset
+    local = indices - (0 if offset is None else offset)
     return jnp.where((local >= 0) & (local < num_experts), local, num_experts)

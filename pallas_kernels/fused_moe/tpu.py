@@ -48,7 +48,7 @@ def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_r
         how = {"transpose_rhs": transpose_rhs, "implementation": "tpu", "chip": chip.name}
         return reference.forward(x, matrices, scales, indices, weights, offset, layer, **how)
     num_experts = matrices[0].shape[1]
-    local = reference.local_experts(indices, 0 if offset is None else offset, num_experts)
+    local = reference.local_experts(indices, offset, num_experts)
     active = find_active(local, weights, num_experts, shape.padded)
     # tokens are gathered by products, in which one that is not finite would spoil all others
     spoilt = ~jnp.isfinite(x).all(axis=1, keepdims=True)

@@ -23,12 +23,11 @@ _WAYS = 8  # different products a block may choose from
 _LARGEST_STEP = 64
 
 
-def row_counts(num_rows: int, num_groups: int) -> list[int]:
-    """The numbers of rows for which there is a product, the last one that of a whole block; none above `num_rows`."""
+def row_counts(num_rows: int, num_groups: int) -> range:
+    """The numbers of rows for which there is a product, the last one that of a whole block."""
     reach = max(1, 3 * num_rows // (2 * max(1, num_groups)))
     step = min(_LARGEST_STEP, max(8, -(-reach // (8 * _WAYS)) * 8))
-    counts = range(step, min(_WAYS, -(-reach // step)) * step + 1, step)
-    return sorted({min(n, num_rows) for n in counts})
+    return range(step, min(_WAYS, -(-reach // step)) * step + 1, step)
 
 
 def run(
@@ -62,8 +61,7 @@ def run(
         products = [product(lhs[a], b) for a, b in kernel.pairs]
         results = kernel.combine(products, [_float32(cut(x)) for x in beside])
         bits = [_bits(new.astype(dtype)) for new, dtype in zip(results, kernel.out_dtypes)]
-        stored = [jnp.where(ours, new, cut(old)) for new, old in zip(bits, out)]
-        return [jax.lax.dynamic_update_slice_in_dim(old, new, at, 0) for new, old in zip(stored, out)]
+        return [store(old, new, at, ours) for new, old in zip(bits, out)]
 
     out = [_bits(jnp.zeros((num_rows, columns), dtype)) for dtype in kernel.out_dtypes]
     counts = row_counts(num_rows, sizes.shape[0])
@@ -117,8 +115,9 @@ def over_blocks(
     varying_as: jax.Array,
 ) -> Any:
     """`carry` after `block(n, start, rows, group, carry)` for every block; n, the least of `counts` that holds its
-    rows, is static. A block has at most the largest of `counts`, none of which may be above `num_rows`.
+    rows, is static. A block has at most the largest of `counts`, of which none is taken above `num_rows`.
     """
+    counts = sorted({min(n, num_rows) for n in counts})
     work = blocks.cut(sizes, num_rows, counts[-1])
     is_block = jnp.arange(len(work.start)) < work.count
     way = jnp.where(is_block, jnp.searchsorted(jnp.array(counts), work.rows), len(counts))
@@ -139,6 +138,12 @@ def place(n: int, start: jax.Array, rows: jax.Array, num_rows: int) -> tuple[jax
     at = jnp.minimum(start, num_rows - n)
     row = at + jnp.arange(n)[:, None]
     return at, (row >= start) & (row < start + rows)
+
+
+def store(out: jax.Array, new: jax.Array, at: jax.Array, ours: jax.Array) -> jax.Array:
+    """`out` with those rows of `new`, which begin at `at`, that are `ours`."""
+    kept = jax.lax.dynamic_slice_in_dim(out, at, new.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(ours, new, kept), at, 0)
 
 
 def _float32(x: jax.Array) -> jax.Array:

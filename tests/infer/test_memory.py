@@ -6,7 +6,6 @@ released model: narrower weights have a compact layout on TPU, which is no kerne
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import glm45_jax as glm
 from glm45_jax.config import ModelConfig, get_preset
 from glm45_jax.infer import loop
+from pallas_kernels.analysis.compile import described_mesh
 from tests.infer.conftest import generate_module
 
 ROWS, CAPACITY = 8, 1024
@@ -61,12 +61,7 @@ def test_on_cpu(program) -> None:
 def on_tpu() -> Callable[[Any], Any]:
     """Describes arrays as lying on one chip of a TPU v5p that is not there."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for the machine's metadata server
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
-    mesh = jax.sharding.Mesh(np.array(topology.devices)[:1], ("one",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(described_mesh("v5p"), jax.sharding.PartitionSpec())
     return lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 

@@ -132,15 +132,13 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch) -> None:
 
 @pytest.fixture
 def proving(monkeypatch, tmp_path):
-    """Runs the script on one case; gives its exit code, what it compiled, and the rows."""
-    programs = {}
+    """Runs the script on cases of one program; gives its exit code, what it compiled, and the rows."""
 
-    def prove(program: str = "a", answer: dict | None = None, **options):
+    def prove(program: str = "a", answer: dict | None = None, cases=(CASE,), **options):
         worker = FakeWorker(answer)
-        programs[CASE.name] = program
-        monkeypatch.setattr(prove_kernels, "gather", lambda functions: [(SOURCE, CASE)])
+        monkeypatch.setattr(prove_kernels, "gather", lambda functions: [(SOURCE, case) for case in cases])
         monkeypatch.setattr(prove_kernels, "Worker", lambda: worker)
-        monkeypatch.setattr(prove_kernels, "hash_of", lambda case, chip: programs[case.name])
+        monkeypatch.setattr(prove_kernels, "hash_of", lambda case, chip: program)
         monkeypatch.setattr(prove_kernels, "missing_compiler", lambda chip: None)
         file = tmp_path / "kernels.json"
         code = prove_kernels.main(prove_kernels.Options(json=file, **options))
@@ -164,16 +162,10 @@ def test_only_rows_whose_program_changed_are_done_again(proving, capsys) -> None
     assert proving("b")[1] == ["v5e", "v5p", "tpu7x"] and proving("b", check=True)[0] == 0
 
 
-def test_a_program_that_two_cases_share_is_compiled_once(monkeypatch, tmp_path) -> None:
-    worker, other = FakeWorker(), dataclasses.replace(CASE, name=CASE.name + ", zipf")
-    monkeypatch.setattr(prove_kernels, "gather", lambda functions: [(SOURCE, CASE), (SOURCE, other)])
-    monkeypatch.setattr(prove_kernels, "Worker", lambda: worker)
-    monkeypatch.setattr(prove_kernels, "hash_of", lambda case, chip: f"the same on {chip}")
-    monkeypatch.setattr(prove_kernels, "missing_compiler", lambda chip: None)
-    file = tmp_path / "kernels.json"
-    assert prove_kernels.main(prove_kernels.Options(json=file)) == 0
-    rows = json.loads(file.read_text())[prove_kernels.version()]
-    assert len(worker.asked) == 4 and len(rows) == 8
+def test_a_program_that_two_cases_share_is_compiled_once(proving) -> None:
+    other = dataclasses.replace(CASE, name=CASE.name + ", zipf")
+    code, asked, rows = proving(cases=(CASE, other))
+    assert code == 0 and len(asked) == 4 and len(rows) == 8
     assert rows[f"{CASE.name} @ v5p"] == rows[f"{other.name} @ v5p"]
 
 
