@@ -36,7 +36,7 @@ class Chip:
     cores: int = 1
 
 
-# Figures of the vendors' public pages (cloud.google.com/tpu/docs, the H100 SXM data sheet) and of jax's TpuInfo.
+# Figures of the vendors' public pages (cloud.google.com/tpu/docs, data sheets of the SXM cards) and of jax's TpuInfo.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -46,6 +46,7 @@ CHIPS = {
         Chip("v6e", "tpu", ("TPU v6 lite", "TPU v6e"), 128 * _MIB, 256, 1.64e12, 918e12),
         Chip("tpu7x", "tpu", ("TPU7x",), 64 * _MIB, 256, 3.69e12, 1154e12),
         Chip("h100", "gpu", ("NVIDIA H100",), 227 << 10, 64, 3.35e12, 989e12),
+        Chip("h200", "gpu", ("NVIDIA H200",), 227 << 10, 64, 4.8e12, 989e12),
     )
 }
 SMALLEST_TPU = "v4"

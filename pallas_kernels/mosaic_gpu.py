@@ -8,6 +8,7 @@ between tiles of the output, until the ring is full.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ ROW_ALIGNMENT = 8  # TMA moves a swizzled buffer from and to rows that are multi
 SWIZZLE_BYTES = 128  # a row of a swizzled buffer: as wide as all banks of shared memory
 _RESERVED_BYTES = 3072  # barriers, and what the compiler keeps for reductions and alignment
 _MULTIPROCESSORS = 132  # of an H100 SXM, where no device says its own number
+_CLUSTER = 2  # blocks on neighbouring multiprocessors, where a kernel has what both of them need
 
 
 def shared_memory_bytes() -> int:
@@ -38,6 +40,16 @@ def multiprocessors() -> int:
     """Of the device of the mesh in force."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     return getattr(device, "num_cores", None) or _MULTIPROCESSORS
+
+
+def cluster_size(worthwhile: bool = True) -> int:
+    """How many blocks take neighbouring tiles together, and what these share from L2 once."""
+    return _CLUSTER if worthwhile else 1
+
+
+def rank(cluster: int) -> Any:
+    """This block's number in its cluster."""
+    return lax.axis_index("cluster") if cluster > 1 else jnp.int32(0)
 
 
 def swizzle_elements(dtype: Any) -> int:
@@ -76,8 +88,9 @@ def kernel(
     num_blocks: int,
     scratch_types: dict[str, Any],
     approx_math: bool = False,
+    cluster: int = 1,
 ) -> Any:
-    """A kernel of `num_blocks` blocks at most, as many as there are multiprocessors: see `for_each_tile`.
+    """A kernel of `num_blocks` clusters of blocks at most, as many as there are multiprocessors: see `for_each_tile`.
 
     Inside a checked `shard_map` its results vary over every mesh axis that one of its arguments varies over.
     """
@@ -85,8 +98,9 @@ def kernel(
         body,
         out_type=out_type,
         scratch_types=scratch_types,
-        grid=(min(num_blocks, multiprocessors()),),
+        grid=(min(num_blocks, multiprocessors() // cluster),),
         grid_names=("block",),
+        **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -117,11 +131,11 @@ def specialise(load: Callable[[], None], compute: Callable[[Any], None]) -> None
         compute(warpgroup)
 
 
-def for_each_tile(num_tiles: Any, body: Callable[[Any, Any], Any]) -> None:
-    """Calls `step = body(tile, step)` for this block's share of the tiles; `step` counts the ring's buffers used."""
+def for_each_tile(num_tiles: Any, body: Callable[[Any, Any], Any]) -> Any:
+    """Calls `step = body(tile, step)` for this cluster's share of the tiles; `step` counts the ring's buffers used."""
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
     mine = (num_tiles - block + blocks - 1) // blocks
-    lax.fori_loop(0, mine, lambda i, step: body(i * blocks + block, step), jnp.int32(0))
+    return lax.fori_loop(0, mine, lambda i, step: body(i * blocks + block, step), jnp.int32(0))
 
 
 def turn_of(tile: Any) -> Any:
@@ -137,23 +151,28 @@ class Ring:
       loaded: a barrier for each stage, completed when TMA has written its buffers.
       consumed: one completed when both computing warpgroups have read them.
       to_registers: whether these read a buffer to registers, not by `wgmma` alone.
+      shared: the numbers of the buffers that all blocks of the cluster fill alike: each loads a part for all.
     """
 
     buffers: Sequence[Any]
     loaded: Any
     consumed: Any
     to_registers: bool = False
+    shared: Sequence[int] = ()
 
     @property
     def stages(self) -> int:
         return self.buffers[0].shape[0]
 
     @staticmethod
-    def barriers(stages: int, buffers: int) -> dict[str, Any]:
-        """The scratch types of `loaded` and `consumed`."""
+    def barriers(stages: int, buffers: int, cluster: int = 1) -> dict[str, Any]:
+        """The scratch types of `loaded` and `consumed`; the blocks of a cluster wait for one another's readers."""
+        of_all = {"num_arrivals": COMPUTE_WARPGROUPS, "num_barriers": stages}
         return {
             "loaded": plgpu.Barrier(num_arrivals=buffers, num_barriers=stages),
-            "consumed": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            "consumed": plgpu.ClusterBarrier(collective_axes=("cluster",), **of_all)
+            if cluster > 1
+            else plgpu.Barrier(**of_all),
         }
 
     def fill(self, step: Any, sources: Sequence[Any]) -> None:
@@ -164,8 +183,17 @@ class Ring:
         def _wait():
             plgpu.barrier_wait(self.consumed.at[slot])
 
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.loaded.at[slot])
+        for i, (source, buffer) in enumerate(zip(sources, self.buffers, strict=True)):
+            together = {"collective_axes": "cluster"} if i in self.shared else {}
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.loaded.at[slot], **together)
+
+    def drain(self, steps: Any) -> None:
+        """Waits until all that was filled has been read: no block ends while a neighbour may write to its barriers."""
+
+        def one(step, _):
+            plgpu.barrier_wait(self.consumed.at[lax.rem(step, self.stages)])
+
+        lax.fori_loop(jnp.maximum(steps - self.stages, 0), steps, one, None)
 
     def wait(self, step: Any) -> list[Any]:
         """The buffers of `step`, once they are loaded."""
@@ -209,55 +237,64 @@ class Ring:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """A warpgroup's way from registers to the output: 64 rows, a piece of the columns at a time.
+    """A warpgroup's way from registers to the output: 64 rows, a piece of the columns at a time, `slots` under way.
 
     Attributes:
-      whole: swizzled [warpgroups, 64, columns], for 64 rows that are all stored.
-      partial: the same without swizzling, of which TMA can copy any rows; None where all rows are stored or none.
+      buffers: of each warpgroup one [slots, 64, columns], swizzled, for 64 rows that are all stored.
+      partial: whether in the same memory is another without swizzling, of which TMA can copy any rows.
     """
 
-    whole: Any
-    partial: Any = None
+    buffers: Sequence[Any]
+    partial: bool = False
+    slots: int = 2
 
     @staticmethod
-    def whole_buffer(dtype: Any) -> Any:
-        return swizzled((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, swizzle_elements(dtype)), dtype)
+    def scratch(dtype: Any, partial: bool = False, slots: int = 2) -> Any:
+        """The scratch type of `buffers`; `partial`: where some of the 64 rows may not be stored."""
+        shape = (slots, WARPGROUP_ROWS, swizzle_elements(dtype))
+        one = (swizzled(shape, dtype), plgpu.SMEM(shape, dtype)) if partial else (swizzled(shape, dtype),)
+        return [plgpu.RefUnion(*one) if partial else one[0]] * COMPUTE_WARPGROUPS
 
     @staticmethod
-    def partial_buffer(dtype: Any) -> Any:
-        return plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, swizzle_elements(dtype)), dtype)
-
-    @staticmethod
-    def shared_bytes() -> int:
-        """Of one of the two, whatever the type."""
-        return COMPUTE_WARPGROUPS * WARPGROUP_ROWS * SWIZZLE_BYTES
+    def shared_bytes(slots: int = 2) -> int:
+        """Whatever the type."""
+        return COMPUTE_WARPGROUPS * slots * WARPGROUP_ROWS * SWIZZLE_BYTES
 
     def rows(self, y: jax.Array, out: Any, row: Any, begin: Any, end: Any, column: Any) -> None:
         """Stores rows `begin` to `end` of `y` [64, n]; its first row and column are (`row`, `column`) of `out`.
 
         `row` and `column` are multiples of 8; columns past the last of `out` are left out.
         """
-        warpgroup, width = lax.axis_index("warpgroup"), self.whole.shape[-1]
-        whole, num_rows = self.whole.at[warpgroup], end - begin
-        for at in range(0, y.shape[1], width):
-            piece = y[:, at : at + width].astype(out.dtype)
-            first = column + at if isinstance(column, int) else pl.multiple_of(column + at, width)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        num_rows = end - begin
 
-            @pl.when((num_rows == WARPGROUP_ROWS) & (first < out.shape[1]))
-            def _whole(piece=piece, first=first):
+        def store(piece: jax.Array, whole: Any, partial: Any, first: Any) -> None:
+            @pl.when(num_rows == WARPGROUP_ROWS)
+            def _whole():
                 whole[...] = piece
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(whole, out.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(first, width)])
+                target = out.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(first, piece.shape[1])]
+                plgpu.copy_smem_to_gmem(whole, target, commit_group=False)
 
-            if self.partial is not None:
-                partial = self.partial.at[warpgroup]
+            if partial is not None:
 
-                @pl.when((num_rows > 0) & (num_rows < WARPGROUP_ROWS) & (first < out.shape[1]))
-                def _partial(piece=piece, first=first, partial=partial):
+                @pl.when((num_rows > 0) & (num_rows < WARPGROUP_ROWS))
+                def _partial():
                     partial[...] = piece
                     plgpu.commit_smem()
                     _copy_rows(partial, out, row, begin, end, first)
+
+        warpgroup, width = lax.axis_index("warpgroup"), swizzle_elements(out.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for i, at in enumerate(range(0, y.shape[1], width)):
+            piece = y[:, at : at + width].astype(out.dtype)
+            first = column + at if isinstance(column, int) else pl.multiple_of(column + at, width)
+            plgpu.wait_smem_to_gmem(self.slots - 1, wait_read_only=True)
+            for number, buffer in enumerate(self.buffers):
+                slot = i % self.slots
+                whole, partial = (x.at[slot] for x in buffer) if self.partial else (buffer.at[slot], None)
+                write = functools.partial(store, piece, whole, partial, first)
+                pl.when((warpgroup == number) & (first < out.shape[1]))(write)
+            plgpu.commit_smem_to_gmem_group()  # of a piece, stored or not: that is what is waited for
 
 
 def _copy_rows(buffer: Any, out: Any, row: Any, begin: Any, end: Any, column: Any) -> None:
@@ -269,7 +306,7 @@ def _copy_rows(buffer: Any, out: Any, row: Any, begin: Any, end: Any, column: An
 
         @pl.when(taken != 0)
         def _copy(size=size, offset=offset):
-            source = buffer.at[pl.ds(offset, size)]
-            plgpu.copy_smem_to_gmem(source, out.at[pl.ds(row + offset, size), pl.ds(column, columns)])
+            target = out.at[pl.ds(row + offset, size), pl.ds(column, columns)]
+            plgpu.copy_smem_to_gmem(buffer.at[pl.ds(offset, size)], target, commit_group=False)
 
         offset += taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -42,6 +42,8 @@ class Kernels:
     """Tokens in training; without, 512 on a CPU and 8192 elsewhere."""
     sequence: int | None = None
     """Length of a sequence, and of what is cached in decoding; without, 512 on a CPU and 4096 elsewhere."""
+    implementation: tuple[str, ...] = ()
+    """Of ours only these, such as cpu and gpu; without, all that the device can run."""
     seconds: float = 0.3
     """About how long each implementation is called for."""
     json: Annotated[bool, tyro.conf.arg(aliases=["-j"])] = False
@@ -63,24 +65,26 @@ def _benched(args: Kernels, platform: str) -> Iterator[dict[str, Any]]:
     import jax.numpy as jnp
 
     from glm45_jax.plan.kernels import kernel_cases
+    from glm45_jax.plan.peers import peers, prepared
     from pallas_kernels.analysis.timing import device_peak, random_arrays, time_by_turns
 
     sizes = _sizes(args, platform)
     peak = device_peak(jnp.dtype(sizes["dtype"]))
     names = {"cpu": ("reference", "cpu"), "tpu": ("reference", "cpu", "tpu"), "gpu": ("reference", "cpu", "gpu")}
     for op in args.op or (None,):
-        by_name = {
-            name: kernel_cases(op=op, implementation=name, **sizes) for name in names.get(platform, ("reference",))
-        }
+        chosen = args.implementation or names.get(platform, ("reference",))
+        by_name = {name: kernel_cases(op=op, implementation=name, **sizes) for name in chosen}
         for cases in zip(*by_name.values()):
             case = cases[0]
-            functions = {name: c.function for name, c in zip(by_name, cases)} | peers(case, platform)
-            times = time_by_turns(functions, random_arrays(case.arguments), args.seconds)
+            arguments, others = random_arrays(case.arguments), peers(case, platform)
+            functions = {name: c.function for name, c in zip(by_name, cases)} | others
+            layouts = {name: prepared(case, name, arguments) for name in others}
+            times = time_by_turns(functions, arguments, args.seconds, layouts)
             yield from _rows(case, times, peak)
 
 
 def _rows(case: Any, times: dict[str, Any], peak: Any) -> Iterator[dict[str, Any]]:
-    reference = times["reference"]
+    reference = times.get("reference", "not timed")
     for name, taken in times.items():
         row = {"case": case.name, "implementation": name, "device": peak.device, "peak_measured": peak.measured}
         if isinstance(taken, str):
@@ -99,30 +103,6 @@ def _rows(case: Any, times: dict[str, Any], peak: Any) -> Iterator[dict[str, Any
             "share_of_bound": max(products, memory) / seconds,
             "times_the_reference": None if isinstance(reference, str) else statistics.median(reference) / seconds,
         }
-
-
-def peers(case: Any, platform: str) -> dict[str, Callable[..., Any]]:
-    """The same work by other libraries, where they are installed and have it. Their weights are [E, K, N]."""
-    import importlib.util
-
-    import jax
-
-    out: dict[str, Callable[..., Any]] = {}
-    if case.name.startswith("grouped_matmul/forward"):
-        turned = lambda f: lambda lhs, rhs, groups: f(lhs, jax.numpy.swapaxes(rhs, 1, 2), groups)  # noqa: E731
-        if importlib.util.find_spec("tokamax"):
-            import tokamax  # pyright: ignore
-
-            out["tokamax"] = turned(lambda lhs, rhs, groups: tokamax.ragged_dot(lhs, rhs, groups))
-        if platform == "tpu":
-            from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-            out["megablox"] = lambda lhs, rhs, groups: gmm(lhs, rhs, groups, lhs.dtype, transpose_rhs=True)
-    if case.name.startswith("flash_attention/forward") and importlib.util.find_spec("tokamax"):
-        import tokamax  # pyright: ignore
-
-        out["tokamax"] = lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)
-    return out
 
 
 def _table(op: str, rows: list[dict[str, Any]]) -> Any:

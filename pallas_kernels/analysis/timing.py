@@ -39,21 +39,30 @@ def random_arrays(arguments: Any, seed: int = 0) -> Any:
 
 
 def time_by_turns(
-    functions: Mapping[str, Callable[..., Any]], arguments: Any, seconds: float = 0.5
+    functions: Mapping[str, Callable[..., Any]],
+    arguments: Any,
+    seconds: float = 0.5,
+    own_arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, list[float] | str]:
     """Seconds of each call, the functions taking turns so that what else the machine does falls on all of them alike.
 
+    An accelerator gets so many calls at once that the time to start one does not count, and each is given their mean.
+
     Args:
       seconds: about as long as each function is called for, three times at least.
+      own_arguments: of the functions that take others.
 
     Returns: by name; why it cannot run, where it cannot.
     """
     ready: dict[str, Callable[..., Any]] = {}
+    at_once: dict[str, int] = {}
+    given = {name: (own_arguments or {}).get(name, arguments) for name in functions}
     times: dict[str, list[float] | str] = {}
     for name, f in functions.items():
         try:
             ready[name] = jax.jit(f)
-            jax.block_until_ready(ready[name](*arguments))
+            jax.block_until_ready(ready[name](*given[name]))
+            at_once[name] = _calls_at_once(_seconds(ready[name], given[name]))
             times[name] = []
         except Exception as e:  # a kernel that this device cannot run is a result too
             ready.pop(name)
@@ -63,13 +72,25 @@ def time_by_turns(
     while ready and (turn < 3 or any(s < seconds for s in spent.values())):
         for name, f in ready.items():
             if turn < 3 or spent[name] < seconds:
-                start = time.perf_counter()
-                jax.block_until_ready(f(*arguments))
-                taken = time.perf_counter() - start
-                times[name].append(taken)  # pyright: ignore
+                taken = _seconds(f, given[name], at_once[name])
+                times[name].append(taken / at_once[name])  # pyright: ignore
                 spent[name] += taken
         turn += 1
     return times
+
+
+def _seconds(f: Callable[..., Any], arguments: Any, calls: int = 1) -> float:
+    """Of so many calls that are all started before the first is waited for."""
+    start = time.perf_counter()
+    for _ in range(calls - 1):
+        f(*arguments)
+    jax.block_until_ready(f(*arguments))
+    return time.perf_counter() - start
+
+
+def _calls_at_once(seconds: float) -> int:
+    """An accelerator takes them in turn; a CPU would run them side by side."""
+    return 1 if jax.default_backend() == "cpu" else max(1, min(100, round(0.01 / seconds)))
 
 
 def device_peak(dtype: Any) -> Peak:

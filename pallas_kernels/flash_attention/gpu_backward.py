@@ -66,16 +66,16 @@ def _call(body, work: Plan, out_type, tiles: int, tile_rows: int, step_rows: int
             "barriers": Ring.barriers(stages, len(steps)),
             "tile_buffers": tile,
             "tile_barriers": Ring.barriers(1, len(tile)),
-            "whole": Store.whole_buffer(dtype),
+            "stored": Store.scratch(dtype, slots=1),
         },
         approx_math=True,
     )
 
 
-def _rings(work: Plan, buffers, barriers, tile_buffers, tile_barriers, whole, queries_per: str):
+def _rings(work: Plan, buffers, barriers, tile_buffers, tile_barriers, stored, queries_per: str):
     ring = Ring(buffers, **barriers, to_registers=work.segmented or queries_per == "step")
     tile_ring = Ring(tile_buffers, **tile_barriers, to_registers=work.segmented or queries_per == "tile")
-    return ring, tile_ring, Store(whole)
+    return ring, tile_ring, Store(stored, slots=1)
 
 
 def _dq_call(work: Plan, dtype):
@@ -90,9 +90,9 @@ def _dkv_call(work: Plan, dtype):
 
 
 def _dq_kernel(
-    scalars, ranges, ids, q, k, v, dout, lse, delta, dq, *, buffers, barriers, tile_buffers, tile_barriers, whole, work
+    scalars, ranges, ids, q, k, v, dout, lse, delta, dq, *, buffers, barriers, tile_buffers, tile_barriers, stored, work
 ):
-    ring, tile_ring, store = _rings(work, buffers, barriers, tile_buffers, tile_barriers, whole, "tile")
+    ring, tile_ring, store = _rings(work, buffers, barriers, tile_buffers, tile_barriers, stored, "tile")
 
     def load():
         def load_tile(tile, step):
@@ -175,10 +175,10 @@ def _dkv_kernel(
     barriers,
     tile_buffers,
     tile_barriers,
-    whole,
+    stored,
     work,
 ):
-    ring, tile_ring, store = _rings(work, buffers, barriers, tile_buffers, tile_barriers, whole, "step")
+    ring, tile_ring, store = _rings(work, buffers, barriers, tile_buffers, tile_barriers, stored, "step")
 
     def load():
         def load_tile(tile, step):

@@ -53,7 +53,7 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
             "q_buffers": q_buffers,
             "q_barriers": Ring.barriers(stages, len(q_buffers)),
             "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            "whole": Store.whole_buffer(q.dtype),
+            "stored": Store.scratch(q.dtype, slots=1),
             "lse_buffer": plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
         },
         approx_math=True,
@@ -63,10 +63,10 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
 
 
 def _kernel(
-    scalars, ranges, ids, q, k, v, out, lse, *, buffers, barriers, q_buffers, q_barriers, turn, whole, lse_buffer, work
+    scalars, ranges, ids, q, k, v, out, lse, *, buffers, barriers, q_buffers, q_barriers, turn, stored, lse_buffer, work
 ):
     ring = Ring(buffers, **barriers, to_registers=work.segmented)
-    q_ring, store = Ring(q_buffers, **q_barriers, to_registers=work.segmented), Store(whole)
+    q_ring, store = Ring(q_buffers, **q_barriers, to_registers=work.segmented), Store(stored, slots=1)
 
     def load():
         def load_tile(tile, step):

@@ -1,6 +1,7 @@
 """The gradient of a grouped matmul's matrices in Pallas Mosaic GPU: group by group, rows of one array times another's.
 
-A persistent kernel over tiles of the groups' gradients; the rows of a group are what a tile sums over.
+A persistent kernel over tiles of the groups' gradients; the rows of a group are what a tile sums over. A cluster of two
+blocks takes neighbouring columns of the left array, and each loads half of the right one's for both.
 Axes: M rows, P and Q the columns of the two arrays (K and N, or N and K), E groups of this shard.
 """
 
@@ -36,25 +37,28 @@ def products_by_group(left: Any, right: Any, group_sizes: Any, first_row: Any, d
     mosaic_gpu.check_loadable("the gradient of grouped_matmul", left, right)
     tiles = tiling(right.shape[1])
     shapes = [(tiles.contracted, _LEFT), (tiles.contracted, tiles.columns)]
-    num_tiles = num_groups * pl.cdiv(left.shape[1], _LEFT) * pl.cdiv(right.shape[1], tiles.columns)
+    cluster = mosaic_gpu.cluster_size(left.shape[1] > _LEFT)
+    num_tiles = num_groups * pl.cdiv(left.shape[1], cluster * _LEFT) * pl.cdiv(right.shape[1], tiles.columns)
     kernel = mosaic_gpu.kernel(
-        functools.partial(_kernel, tiles=tiles),
+        functools.partial(_kernel, tiles=tiles, cluster=cluster),
         jax.ShapeDtypeStruct((num_groups, left.shape[1], right.shape[1]), dtype),
         num_blocks=num_tiles,
         scratch_types={
             "buffers": [mosaic_gpu.swizzled((tiles.stages, *shape), left.dtype) for shape in shapes],
-            **Ring.barriers(tiles.stages, len(shapes)),
+            "barriers": Ring.barriers(tiles.stages, len(shapes), cluster),
             "masked": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            "whole": Store.whole_buffer(dtype),
+            "stored": Store.scratch(dtype),
         },
+        cluster=cluster,
     )
     return kernel(group_borders(group_sizes, first_row), left, right)
 
 
-def _kernel(borders, left, right, out, *, buffers, loaded, consumed, masked, whole, tiles):
-    ring, store = Ring(buffers, loaded, consumed), Store(whole)
+def _kernel(borders, left, right, out, *, buffers, barriers, masked, stored, tiles, cluster):
+    ring, store = Ring(buffers, **barriers, shared=(1,) if cluster > 1 else ()), Store(stored)
+    first_of_block = mosaic_gpu.rank(cluster) * _LEFT
     num_groups, left_columns, right_columns = out.shape
-    left_tiles, right_tiles = pl.cdiv(left_columns, _LEFT), pl.cdiv(right_columns, tiles.columns)
+    left_tiles, right_tiles = pl.cdiv(left_columns, cluster * _LEFT), pl.cdiv(right_columns, tiles.columns)
 
     def place(tile):
         """Group, columns of the two arrays, first row (a multiple of 8) and number of steps."""
@@ -62,7 +66,8 @@ def _kernel(borders, left, right, out, *, buffers, loaded, consumed, masked, who
         start, end = borders[group], borders[group + 1]
         first = pl.multiple_of(start - lax.rem(start, ROW_ALIGNMENT), ROW_ALIGNMENT)
         steps = jnp.where(end > start, lax.div(end - first + tiles.contracted - 1, tiles.contracted), 0)
-        return group, lax.div(within, right_tiles) * _LEFT, lax.rem(within, right_tiles) * tiles.columns, first, steps
+        left_column = lax.div(within, right_tiles) * cluster * _LEFT + first_of_block
+        return group, left_column, lax.rem(within, right_tiles) * tiles.columns, first, steps
 
     def load():
         def load_tile(tile, step):
@@ -76,7 +81,9 @@ def _kernel(borders, left, right, out, *, buffers, loaded, consumed, masked, who
             lax.fori_loop(0, num_steps, one, None)
             return step + num_steps
 
-        mosaic_gpu.for_each_tile(num_groups * left_tiles * right_tiles, load_tile)
+        steps = mosaic_gpu.for_each_tile(num_groups * left_tiles * right_tiles, load_tile)
+        if cluster > 1:
+            ring.drain(steps)
 
     def compute(warpgroup):
         mine = pl.ds(pl.multiple_of(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)

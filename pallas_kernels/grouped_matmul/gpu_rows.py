@@ -3,6 +3,9 @@ share on Hopper.
 
 A persistent kernel: every multiprocessor takes tiles of the output from one list, columns of a row tile one after
 another, so that those at work share rows and matrices in the L2 cache. No row tile stores rows of two groups.
+
+Where groups are large, a cluster of two blocks takes the two halves of a tile of 256 rows, and each loads half of the
+matrices for both: L2 is what binds, and it is asked for a third less.
 Axes: M rows, K contracted, N output columns, E groups of this shard, L layers.
 """
 
@@ -24,6 +27,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu import COMPUTE_WARPGROUPS, ROW_ALIGNMENT, WARPGROUP_ROWS, Ring, Store
 
 ROWS = COMPUTE_WARPGROUPS * WARPGROUP_ROWS  # of a tile
+_ROWS_FOR_A_CLUSTER = 3 * ROWS  # in a mean group: with fewer, the second block of too many pairs is idle
 _WIDEST = 256  # columns that the registers of a warpgroup can accumulate for 64 rows
 
 
@@ -37,7 +41,7 @@ class Tiling:
 
     def shared_bytes(self, num_matrices: int = 1, itemsize: int = 2) -> int:
         loaded = (ROWS + num_matrices * self.columns) * self.contracted * itemsize
-        return self.stages * loaded + 2 * Store.shared_bytes()
+        return self.stages * loaded + Store.shared_bytes()
 
 
 def tiling(num_columns: int, num_matrices: int = 1, row_tiles: int = 1 << 20) -> Tiling:
@@ -67,22 +71,24 @@ class Work(NamedTuple):
     count: Int[Array, ""]
 
 
-def work_list(group_sizes, first_row, num_rows: int) -> Work:
-    """Row tiles of the whole output; the rows before and past this shard's groups are two groups of their own.
+def work_list(group_sizes, first_row, num_rows: int, tile_rows: int = ROWS) -> Work:
+    """Tiles of `tile_rows` rows of the whole output.
 
-    Those have the numbers -1 and E, and are written with zeros.
+    The rows before and past this shard's groups are two groups of their own, -1 and E, and are written with zeros.
     """
     ends = jnp.array([0, num_rows], jnp.int32)
     borders = jnp.concatenate([ends[:1], group_borders(group_sizes, first_row), ends[1:]])
     start, end = borders[:-1], borders[1:]
     first = start // ROW_ALIGNMENT * ROW_ALIGNMENT
-    per_group = jnp.where(end > start, pl.cdiv(end - first, ROWS), 0)
+    per_group = jnp.where(end > start, pl.cdiv(end - first, tile_rows), 0)
     last = jnp.cumsum(per_group)
-    most = min(num_rows, num_rows // ROWS + 2 * len(start))  # each has a row
+    most = min(num_rows, num_rows // tile_rows + 2 * len(start))  # each has a row
     index = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(last, index, side="right"), len(start) - 1).astype(jnp.int32)
-    row = first[group] + (index - (last - per_group)[group]) * ROWS
-    inside = lambda border: jnp.clip(border[group] - row, 0, ROWS)  # noqa: E731
+    group = jnp.minimum(jnp.searchsorted(last, index, side="right", method="compare_all"), len(start) - 1).astype(
+        jnp.int32
+    )
+    row = first[group] + (index - (last - per_group)[group]) * tile_rows
+    inside = lambda border: jnp.clip(border[group] - row, 0, tile_rows)  # noqa: E731
     return Work(group - 1, row, inside(start), inside(end), last[-1])
 
 
@@ -115,29 +121,30 @@ def rows_by_group(
         raise NotImplementedError(
             f"grouped_matmul: the Mosaic GPU kernel writes a multiple of 64 columns; got {rhs.shape}"
         )
-    work = work_list(group_sizes, first_row, num_rows)
-    tiles = tiling(num_columns, len(matrices), work.group.shape[0])
+    cluster = mosaic_gpu.cluster_size(num_rows >= _ROWS_FOR_A_CLUSTER * group_sizes.shape[0])
+    work = work_list(group_sizes, first_row, num_rows, cluster * ROWS)
+    tiles = tiling(num_columns, len(matrices), cluster * work.group.shape[0])
     scalars = jnp.stack([work.count, layer.astype(jnp.int32)])
     rhs_tile = (tiles.columns, tiles.contracted) if transpose_rhs else (tiles.contracted, tiles.columns)
     shapes = [(ROWS, tiles.contracted)] + [rhs_tile] * len(matrices)
     kernel = mosaic_gpu.kernel(
-        functools.partial(_kernel, tiles=tiles, transpose_rhs=transpose_rhs, finish=finish),
+        functools.partial(_kernel, tiles=tiles, cluster=cluster, transpose_rhs=transpose_rhs, finish=finish),
         jax.ShapeDtypeStruct((num_rows, num_columns), dtype),
         num_blocks=work.group.shape[0] * pl.cdiv(num_columns, tiles.columns),
         scratch_types={
             "buffers": [mosaic_gpu.swizzled((tiles.stages, *shape), lhs.dtype) for shape in shapes],
-            **Ring.barriers(tiles.stages, len(shapes)),
-            "whole": Store.whole_buffer(dtype),
-            "partial": Store.partial_buffer(dtype),
+            "barriers": Ring.barriers(tiles.stages, len(shapes), cluster),
+            "stored": Store.scratch(dtype, partial=True),
         },
+        cluster=cluster,
     )
     return kernel(scalars, work[:-1], lhs, tuple(matrices))[:rows_given]
 
 
-def _kernel(
-    scalars, work, lhs, matrices, out, *, buffers, loaded, consumed, whole, partial, tiles, transpose_rhs, finish
-):
-    ring, store = Ring(buffers, loaded, consumed), Store(whole, partial)
+def _kernel(scalars, work, lhs, matrices, out, *, buffers, barriers, stored, tiles, cluster, transpose_rhs, finish):
+    shared = range(1, len(buffers)) if cluster > 1 else ()
+    ring, store = Ring(buffers, **barriers, shared=shared), Store(stored, partial=True)
+    first_of_block = mosaic_gpu.rank(cluster) * ROWS
     group, row, begin, end = work
     column_tiles = pl.cdiv(out.shape[1], tiles.columns)
     num_tiles, layer = scalars[0] * column_tiles, scalars[1]
@@ -152,7 +159,7 @@ def _kernel(
     def load():
         def load_tile(tile, step):
             row_tile, column, expert, num_steps = place(tile)
-            rows = pl.ds(pl.multiple_of(row[row_tile], ROW_ALIGNMENT), ROWS)
+            rows = pl.ds(pl.multiple_of(row[row_tile] + first_of_block, ROW_ALIGNMENT), ROWS)
             columns = pl.ds(column, tiles.columns)
 
             def one(k, _):
@@ -163,7 +170,9 @@ def _kernel(
             lax.fori_loop(0, num_steps, one, None)
             return step + num_steps
 
-        mosaic_gpu.for_each_tile(num_tiles, load_tile)
+        steps = mosaic_gpu.for_each_tile(num_tiles, load_tile)
+        if cluster > 1:
+            ring.drain(steps)
 
     def compute(warpgroup):
         mine = pl.multiple_of(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
@@ -176,13 +185,16 @@ def _kernel(
 
         def compute_tile(tile, step):
             row_tile, column, _, num_steps = place(tile)
-            first, last = (jnp.clip(border[row_tile] - mine, 0, WARPGROUP_ROWS) for border in (begin, end))
+            first, last = (
+                jnp.clip(border[row_tile] - first_of_block - mine, 0, WARPGROUP_ROWS) for border in (begin, end)
+            )
 
             @pl.when(last > first)
             def _rows():
                 shapes = [(WARPGROUP_ROWS, tiles.columns)] * len(matrices)
                 y = finish(*ring.accumulate(step, num_steps, shapes, product))
-                store.rows(y, out, pl.multiple_of(row[row_tile] + mine, ROW_ALIGNMENT), first, last, column)
+                place_of_mine = pl.multiple_of(row[row_tile] + first_of_block + mine, ROW_ALIGNMENT)
+                store.rows(y, out, place_of_mine, first, last, column)
 
             pl.when(last <= first)(lambda: ring.skip(step, num_steps))
             return step + num_steps

@@ -1,6 +1,7 @@
 """The forward kernel in Mosaic GPU: tiles of logits, of which three or four numbers per token leave the registers.
 
-A tile is 128 tokens by 256 columns, 64 tokens for each computing warpgroup. What it writes are the largest logit, the
+A tile is 128 tokens by 256 columns, 64 tokens for each computing warpgroup; a cluster of two blocks takes neighbouring
+tokens, and each loads half of the head's columns for both. What a tile writes are the largest logit, the
 sum of the exponentials relative to it, the target's logit if it is among the columns and, for the entropy, the sum of
 exponential times logit. XLA combines those of all tiles of a token.
 
@@ -23,7 +24,7 @@ from pallas_kernels.mosaic_gpu import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, Ring
 
 TOKENS = COMPUTE_WARPGROUPS * WARPGROUP_ROWS
 COLUMNS, STAGES = 256, 4
-_STRIP = 16  # tiles of tokens that take turns at the same columns: with as many columns they lie in the L2 cache
+_STRIP = 2048  # tokens that take turns at the same columns: with as many columns they lie in the L2 cache
 _ABSENT = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that zero times it is zero
 
 
@@ -31,23 +32,25 @@ def forward(hidden, head, targets, *, problem: Problem):
     """lse [T], the target's logit [T] and, when it is wanted, the entropy [T]."""
     tokens, hidden = hidden.shape[0], mosaic_gpu.pad_rows(hidden)
     mosaic_gpu.check_loadable("linear_cross_entropy", hidden, head)
-    token_tiles, column_tiles = pl.cdiv(tokens, TOKENS), pl.cdiv(problem.vocabulary, COLUMNS)
+    cluster = mosaic_gpu.cluster_size(tokens > TOKENS)
+    token_tiles, column_tiles = pl.cdiv(tokens, cluster * TOKENS), pl.cdiv(problem.vocabulary, COLUMNS)
     depth, numbers = mosaic_gpu.swizzle_elements(hidden.dtype), 3 + problem.with_entropy
     head_tile = (COLUMNS, depth) if problem.transpose_head else (depth, COLUMNS)
     kernel = mosaic_gpu.kernel(
-        functools.partial(_kernel, problem=problem),
+        functools.partial(_kernel, problem=problem, cluster=cluster),
         jax.ShapeDtypeStruct((numbers, column_tiles, hidden.shape[0]), jnp.float32),
         num_blocks=token_tiles * column_tiles,
         scratch_types={
             "buffers": [mosaic_gpu.swizzled((STAGES, *tile), hidden.dtype) for tile in ((TOKENS, depth), head_tile)],
-            "barriers": Ring.barriers(STAGES, 2),
+            "barriers": Ring.barriers(STAGES, 2, cluster),
             "target_buffer": plgpu.SMEM((2, TOKENS), jnp.int32),
             "target_barriers": Ring.barriers(2, 1),
             "results": plgpu.SMEM((COMPUTE_WARPGROUPS, numbers, WARPGROUP_ROWS), jnp.float32),
         },
         approx_math=True,
+        cluster=cluster,
     )
-    targets = jnp.pad(targets.astype(jnp.int32), (0, token_tiles * TOKENS - tokens), constant_values=-1)
+    targets = jnp.pad(targets.astype(jnp.int32), (0, token_tiles * cluster * TOKENS - tokens), constant_values=-1)
     return _combine(*kernel(targets, hidden, head)[:, :, :tokens])
 
 
@@ -64,18 +67,21 @@ def _combine(largest, total, target, *weighted):
 
 
 def _kernel(
-    targets, hidden, head, out, *, buffers, barriers, target_buffer, target_barriers, results, problem: Problem
+    targets, hidden, head, out, *, buffers, barriers, target_buffer, target_barriers, results, problem: Problem, cluster
 ):
-    ring, target_ring = Ring(buffers, **barriers), Ring([target_buffer], **target_barriers, to_registers=True)
-    token_tiles, column_tiles = pl.cdiv(hidden.shape[0], TOKENS), out.shape[1]
+    ring = Ring(buffers, **barriers, shared=(1,) if cluster > 1 else ())
+    target_ring = Ring([target_buffer], **target_barriers, to_registers=True)
+    token_tiles, column_tiles = pl.cdiv(hidden.shape[0], cluster * TOKENS), out.shape[1]
+    strip_tiles, first_of_block = _STRIP // (cluster * TOKENS), mosaic_gpu.rank(cluster) * TOKENS
     depth = buffers[0].shape[-1]
     steps = pl.cdiv(hidden.shape[1], depth)
 
     def place(tile):
-        """The tile's first token and its place among the tiles of the vocabulary."""
-        strip, within = lax.div(tile, _STRIP * column_tiles), lax.rem(tile, _STRIP * column_tiles)
-        tall = jnp.minimum(_STRIP, token_tiles - strip * _STRIP)
-        return (strip * _STRIP + lax.rem(within, tall)) * TOKENS, lax.div(within, tall)
+        """This block's first token of the tile and its place among the tiles of the vocabulary."""
+        strip, within = lax.div(tile, strip_tiles * column_tiles), lax.rem(tile, strip_tiles * column_tiles)
+        tall = jnp.minimum(strip_tiles, token_tiles - strip * strip_tiles)
+        token_tile = strip * strip_tiles + lax.rem(within, tall)
+        return token_tile * cluster * TOKENS + first_of_block, lax.div(within, tall)
 
     def load():
         def load_tile(tile, step):
@@ -91,7 +97,9 @@ def _kernel(
             lax.fori_loop(0, steps, one, None)
             return step + steps
 
-        mosaic_gpu.for_each_tile(token_tiles * column_tiles, load_tile)
+        steps_taken = mosaic_gpu.for_each_tile(token_tiles * column_tiles, load_tile)
+        if cluster > 1:
+            ring.drain(steps_taken)
 
     def compute(warpgroup):
         first = pl.multiple_of(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)

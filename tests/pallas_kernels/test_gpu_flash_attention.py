@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.problem import SEES_NOTHING
-from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
+from tests.pallas_kernels.hopper import needs_hopper, on_hopper
 from tests.pallas_kernels.test_flash_attention import Case
 
 CASES = {
@@ -42,14 +42,14 @@ def _attend(case: Case, q, k, v, segments, implementation: str):
     return flash_attention(q, k, v, return_lse=True, implementation=implementation, **ids, **options)
 
 
-@needs_interpreter
+@needs_hopper
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str) -> None:
     case = CASES[name]
     q, k, v, dout, segments = _inputs(case)
     dlse = jnp.asarray(np.random.default_rng(1).normal(size=q.shape[:3]), jnp.float32)
-    with interpreted():
+    with on_hopper():
         (out, lse), pull = jax.vjp(lambda q, k, v: _attend(case, q, k, v, segments, "gpu"), q, k, v)
         gradients = pull((dout, dlse))
     exact = [x.astype(jnp.float32) for x in (q, k, v)]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused_moe
-from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
+from tests.pallas_kernels.hopper import needs_hopper, on_hopper
 
 
-@needs_interpreter
+@needs_hopper
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "offset"), [(1, None), (5, 2)])
 def test_values(tokens: int, offset: int | None) -> None:
@@ -21,7 +21,7 @@ def test_values(tokens: int, offset: int | None) -> None:
     indices = jnp.asarray(np.stack([rng.permutation(total)[:3] for _ in range(tokens)]), jnp.int32)
     weights = jnp.asarray(rng.uniform(size=(tokens, 3)), jnp.float32)
     options = {"transpose_rhs": True, "expert_offset": offset}
-    with interpreted():
+    with on_hopper():
         out = fused_moe(x, gate, up, down, indices, weights, implementation="gpu", **options)
     exact = [a.astype(jnp.float32) for a in (x, gate, up, down)]
     expected = fused_moe(*exact, indices, weights, implementation="reference", **options)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import grouped_matmul, mosaic_gpu
 from pallas_kernels.analysis.traffic import described
 from pallas_kernels.grouped_matmul import gpu_gradient, gpu_rows
-from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
+from tests.pallas_kernels.hopper import needs_hopper, on_hopper
 from tests.support import quick_jit
 
 # rows of all groups, first group of this shard, groups of this shard, rows past the last group, K, N, [E, N, K]
@@ -37,7 +37,7 @@ def _inputs(case):
     return *(jnp.asarray(x, jnp.bfloat16) for x in (lhs, rhs, dout)), jnp.asarray(sizes, jnp.int32), rows
 
 
-@needs_interpreter
+@needs_hopper
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str) -> None:
@@ -49,7 +49,7 @@ def test_values_and_gradients(case: str) -> None:
         options = {"group_offset": offset, "transpose_rhs": transpose, "layer": 1, "implementation": "gpu"}
         return grouped_matmul(lhs, rhs, sizes, **options)
 
-    with interpreted():
+    with on_hopper():
         out, pull = jax.vjp(product, lhs, given)
         dlhs, drhs = pull(jnp.where(jnp.isnan(dout), jnp.inf, dout))
     drhs = jnp.swapaxes(drhs, 2, 3) if transpose else drhs
@@ -63,11 +63,11 @@ def test_values_and_gradients(case: str) -> None:
         np.testing.assert_allclose(found.astype(jnp.float32), right, rtol=2**-8, atol=1e-4)
 
 
-@needs_interpreter
+@needs_hopper
 @pytest.mark.slow
 def test_float32_result_has_float32_accuracy() -> None:
     lhs, rhs, _, sizes, rows = _inputs("tile edges")
-    with interpreted():
+    with on_hopper():
         out = grouped_matmul(lhs, rhs[0], sizes, preferred_element_type=jnp.float32, implementation="gpu")
     for group, mine in enumerate(rows):
         expected = np.asarray(lhs, np.float64)[mine] @ np.asarray(rhs, np.float64)[0, group]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_swiglu
-from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
+from tests.pallas_kernels.hopper import needs_hopper, on_hopper
 
 # rows of all groups, first group of this shard, groups of this shard, rows past the last group, K, F, [E, F, K]
 CASES = {
@@ -31,7 +31,7 @@ def _expected(lhs, gate, up, dout, rows):
     return out, dlhs, dgate, dup
 
 
-@needs_interpreter
+@needs_hopper
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_products", [False, True])
 @pytest.mark.parametrize("case", CASES)
@@ -47,7 +47,7 @@ def test_values_and_gradients(case: str, keep_products: bool) -> None:
         options = {"group_offset": offset, "transpose_rhs": transpose, "keep_products": keep_products}
         return grouped_swiglu(lhs, gate, up, jnp.asarray(sizes, jnp.int32), implementation="gpu", **options)
 
-    with interpreted():
+    with on_hopper():
         out, pull = jax.vjp(product, lhs, turn(gate), turn(up))
         dlhs, dgate, dup = pull(dout)
     expected = _expected(*(np.asarray(x, np.float64) for x in (lhs, gate, up, dout)), rows)

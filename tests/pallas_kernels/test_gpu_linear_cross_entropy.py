@@ -9,10 +9,10 @@ import pytest
 
 from pallas_kernels import linear_cross_entropy, mosaic_gpu
 from pallas_kernels.linear_cross_entropy import gpu_forward
-from tests.pallas_kernels.gpu_interpreter import interpreted, needs_interpreter
+from tests.pallas_kernels.hopper import needs_hopper, on_hopper
 
 
-@needs_interpreter
+@needs_hopper
 @pytest.mark.slow
 @pytest.mark.parametrize("transpose", [False, True], ids=["DV", "VD"])
 def test_values_and_gradients(transpose: bool) -> None:
@@ -29,7 +29,7 @@ def test_values_and_gradients(transpose: bool) -> None:
         how = {"transpose_head": transpose, "implementation": implementation}
         return linear_cross_entropy(hidden, head, targets, **how, **options)
 
-    with interpreted():
+    with on_hopper():
         (loss, entropy), pull = jax.vjp(lambda *x: loss_of(*x, "gpu"), hidden, head)
         gradients = pull((jnp.ones(tokens), jnp.ones(tokens)))
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)[:, :vocabulary] / 0.8

@@ -1,6 +1,6 @@
-"""Running Mosaic GPU kernels without a GPU: in the interpreter that newer JAX has.
+"""Running Mosaic GPU kernels: on a Hopper GPU where there is one, else in the interpreter that newer JAX has.
 
-It knows `wgmma` of two buffers only. A left side in registers, which attention has, is added here.
+The interpreter knows `wgmma` of two buffers only. A left side in registers, which attention has, is added here.
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu
+from pallas_kernels.chip import chip_of_kind
 
-HAS_INTERPRETER = hasattr(plgpu, "force_gpu_interpret_mode")
-needs_interpreter = pytest.mark.skipif(
-    not HAS_INTERPRETER, reason="the Mosaic GPU interpreter is public from jax 0.12 on (docs/kernels/gpu.md)"
+HOPPER_AT_HAND = (chip := chip_of_kind(jax.devices()[0].device_kind)) is not None and chip.platform == "gpu"
+needs_hopper = pytest.mark.skipif(
+    not (HOPPER_AT_HAND or hasattr(plgpu, "force_gpu_interpret_mode")),
+    reason="the Mosaic GPU interpreter is public from jax 0.12 on (docs/kernels/gpu.md)",
 )
 
 
+def on_hopper() -> contextlib.AbstractContextManager[None]:
+    """Where GPU kernels run: on the GPU at hand as they are, else on the CPU."""
+    return contextlib.nullcontext() if HOPPER_AT_HAND else _interpreted()
+
+
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def _interpreted() -> Iterator[None]:
     """GPU kernels traced in here run on the CPU; a race between warpgroups or copies raises.
 
     On two multiprocessors, so that each goes through several tiles and uses its buffers again.
@@ -42,6 +49,7 @@ def interpreted() -> Iterator[None]:
     with (
         mock.patch.object(interpreter, "_interpret_wgmma_ref_p", wgmma),
         mock.patch.object(mosaic_gpu, "_MULTIPROCESSORS", 2),
+        mock.patch.object(mosaic_gpu, "_CLUSTER", 1),  # the interpreter has no copies to several blocks
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
     ):
         try:
