@@ -75,6 +75,16 @@ def check_loadable(name: str, *matrices: jax.Array) -> None:
             raise NotImplementedError(f"{name}: the Mosaic GPU kernel takes [8 n, 64 n], not {x.shape}")
 
 
+def check_whole(of: Any, size: int) -> None:
+    """A vector is copied in pieces of `size`: its array must have a multiple of that.
+
+    What is copied to or from one run of memory is cut off at the array's end alone, not at that of a row: the rest of
+    the piece would be the next row's. (Swizzled matrices are cut off at every edge, and read as zeros past it.)
+    """
+    length = getattr(of, "ref", of).shape[-1]
+    assert length % size == 0, f"vectors of {length} copied in pieces of {size}"
+
+
 def pad_rows(x: jax.Array) -> jax.Array:
     """To a multiple of 8 rows, at least 8, which TMA needs: no copy where they are."""
     missing = -x.shape[0] % ROW_ALIGNMENT
@@ -184,6 +194,8 @@ class Ring:
             plgpu.barrier_wait(self.consumed.at[slot])
 
         for i, (source, buffer) in enumerate(zip(sources, self.buffers, strict=True)):
+            if len(buffer.shape) == 2:  # [stages, n]
+                check_whole(source, buffer.shape[1])
             together = {"collective_axes": "cluster"} if i in self.shared else {}
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.loaded.at[slot], **together)
 

@@ -26,16 +26,17 @@ class Peak:
 
 def random_arrays(arguments: Any, seed: int = 0) -> Any:
     """Arrays for a tree of shapes: small normal numbers, integers in 0 to 99. What is concrete stays as it is."""
-    rng = np.random.default_rng(seed)
+    leaves, tree = jax.tree.flatten(arguments)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [_random_array(key, x) for key, x in zip(keys, leaves)])
 
-    def array(x: Any) -> jax.Array:
-        if not isinstance(x, jax.ShapeDtypeStruct):
-            return jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return jnp.asarray(rng.integers(0, 100, x.shape), x.dtype)
-        return jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.1, x.dtype)
 
-    return jax.tree.map(array, arguments)
+def _random_array(key: jax.Array, x: Any) -> jax.Array:
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jax.random.randint(key, x.shape, 0, 100, x.dtype)
+    return jax.jit(lambda key: (jax.random.normal(key, x.shape) * 0.1).astype(x.dtype))(key)
 
 
 def time_by_turns(

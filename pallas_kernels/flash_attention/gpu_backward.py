@@ -38,8 +38,8 @@ def backward(q, k, v, segments: Segments, q_offset, lse, delta, dout, *, problem
     """dq, dk, dv; delta [B, H, S] is what all gradients of a query's scores have taken off."""
     queries, keys = q.shape[2], k.shape[2]
     work, (q, k, v) = plan(problem, q, k, v, segments)
-    grow = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[2] - queries), *((0, 0),) * (x.ndim - 3)))  # noqa: E731
-    arrays = q, k, v, grow(dout), grow(lse * LOG2_E), grow(delta)
+    to = lambda size, x: jnp.pad(x, ((0, 0), (0, 0), (0, size - queries), *((0, 0),) * (x.ndim - 3)))  # noqa: E731
+    arrays = q, k, v, to(q.shape[2], dout), to(work.vector, lse * LOG2_E), to(work.vector, delta)
     scalars, ids = jnp.asarray(q_offset, jnp.int32).reshape(1), segment_arrays(work, segments)
     dq = _dq_call(work, q.dtype)(scalars, key_blocks(work, segments, q_offset), ids, *arrays)
     ranges = query_blocks(work, segments, q_offset, _STEP_QUERIES)

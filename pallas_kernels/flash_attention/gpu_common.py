@@ -91,6 +91,11 @@ class Plan:
     def padded(self, size: int) -> int:
         return size + -size % mosaic_gpu.ROW_ALIGNMENT
 
+    @property
+    def vector(self) -> int:
+        """Elements of what has a number for each query: whole blocks of them."""
+        return self.query_blocks * QUERIES
+
     def loop(self, ranges: Any, batch: Any, block: Any) -> Loop:
         row = batch if ranges.shape[0] > 1 else 0
         return Loop(*(ranges[row, block, i] for i in range(4)))
@@ -134,7 +139,7 @@ def query_blocks(work: Plan, segments: Segments, q_offset: Any, block_q: int) ->
 
 
 def segment_arrays(work: Plan, segments: Segments) -> tuple[jax.Array, ...]:
-    """Ids of queries and of keys, padded to whole blocks: TMA needs aligned rows."""
+    """Ids of queries and of keys, padded to whole blocks: see `mosaic_gpu.check_whole`."""
     if segments is None:
         return ()
     blocks = zip(segments, (QUERIES, work.block_kv))

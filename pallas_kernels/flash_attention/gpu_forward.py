@@ -45,7 +45,10 @@ def forward(q, k, v, segments: Segments, q_offset, *, problem: Problem):
         q_buffers.append(plgpu.SMEM((stages, QUERIES), jnp.int32))
     kernel = mosaic_gpu.kernel(
         functools.partial(_kernel, work=work),
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+        (
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:2], work.vector), jnp.float32),
+        ),
         num_blocks=work.tiles,
         scratch_types={
             "buffers": buffers,
@@ -159,10 +162,8 @@ def _kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             lse_buffer[warpgroup] = x
             plgpu.commit_smem()
-
-            @pl.when(row < q.shape[2])
-            def _write():
-                plgpu.copy_smem_to_gmem(lse_buffer.at[warpgroup], lse.at[batch, head, pl.ds(row, WARPGROUP_ROWS)])
+            mosaic_gpu.check_whole(lse, WARPGROUP_ROWS)
+            plgpu.copy_smem_to_gmem(lse_buffer.at[warpgroup], lse.at[batch, head, pl.ds(row, WARPGROUP_ROWS)])
 
         mosaic_gpu.for_each_tile(work.tiles, compute_tile)
         plgpu.wait_smem_to_gmem(0)

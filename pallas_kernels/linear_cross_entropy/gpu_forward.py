@@ -38,7 +38,7 @@ def forward(hidden, head, targets, *, problem: Problem):
     head_tile = (COLUMNS, depth) if problem.transpose_head else (depth, COLUMNS)
     kernel = mosaic_gpu.kernel(
         functools.partial(_kernel, problem=problem, cluster=cluster),
-        jax.ShapeDtypeStruct((numbers, column_tiles, hidden.shape[0]), jnp.float32),
+        jax.ShapeDtypeStruct((numbers, column_tiles, pl.cdiv(tokens, WARPGROUP_ROWS) * WARPGROUP_ROWS), jnp.float32),
         num_blocks=token_tiles * column_tiles,
         scratch_types={
             "buffers": [mosaic_gpu.swizzled((STAGES, *tile), hidden.dtype) for tile in ((TOKENS, depth), head_tile)],
@@ -121,8 +121,9 @@ def _kernel(
                 results[warpgroup, i] = number
             plgpu.commit_smem()
 
-            @pl.when(token + first < hidden.shape[0])
+            @pl.when(token + first < out.shape[2])
             def _store():
+                mosaic_gpu.check_whole(out, WARPGROUP_ROWS)
                 for i in range(len(numbers)):
                     place = out.at[i, column_tile, pl.ds(token + first, WARPGROUP_ROWS)]
                     plgpu.copy_smem_to_gmem(results.at[warpgroup, i], place)

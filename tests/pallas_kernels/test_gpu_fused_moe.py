@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused_moe
+from pallas_kernels.fused_moe.gpu import by_expert
 from tests.pallas_kernels.hopper import needs_hopper, on_hopper
 
 
@@ -26,3 +27,13 @@ def test_values(tokens: int, offset: int | None) -> None:
     exact = [a.astype(jnp.float32) for a in (x, gate, up, down)]
     expected = fused_moe(*exact, indices, weights, implementation="reference", **options)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2**-7 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [1, 8, 200])
+def test_rows_by_expert_are_those_of_a_stable_sort(rows: int) -> None:
+    expert = np.random.default_rng(rows).integers(0, 6, rows).astype(np.int32)  # 5: of another shard
+    sizes, place, standing = by_expert(jnp.asarray(expert), 5)
+    order = np.argsort(expert, stable=True)
+    np.testing.assert_array_equal(sizes, np.bincount(expert, minlength=6)[:5])
+    np.testing.assert_array_equal(standing, order)
+    np.testing.assert_array_equal(place, np.argsort(order))

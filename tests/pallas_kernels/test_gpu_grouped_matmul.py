@@ -88,22 +88,30 @@ def test_buffers_fit_shared_memory(columns: int, matrices: int) -> None:
     assert widest.shared_bytes() == 4 * (128 * 128 + 256 * 128) + 2 * 128 * 128
 
 
+def test_vectors_come_in_whole_pieces() -> None:
+    """On a GPU a copy of the last 8 of 72 numbers as a piece of 64 goes on into the next row: seen on an H200."""
+    mosaic_gpu.check_whole(jnp.zeros((2, 128)), 64)
+    with pytest.raises(AssertionError, match="vectors of 72"):
+        mosaic_gpu.check_whole(jnp.zeros((2, 72)), 64)
+
+
 def test_few_rows_get_narrow_tiles() -> None:
     """With a tile of rows for each of eight experts, no multiprocessor of an H100's 132 is idle."""
     assert gpu_rows.tiling(1408, 2, row_tiles=8).columns == 64
     assert gpu_rows.tiling(1408, 2, row_tiles=64).columns == 128
 
 
-def test_work_list_covers_every_row_once() -> None:
+@pytest.mark.parametrize("tile_rows", [gpu_rows.ROWS, 2 * gpu_rows.ROWS])  # of a block, of a cluster of two
+def test_work_list_covers_every_row_once(tile_rows: int) -> None:
     rng = np.random.default_rng(0)
-    work_list = quick_jit(gpu_rows.work_list, static_argnums=2)
+    work_list = quick_jit(gpu_rows.work_list, static_argnums=(2, 3))
     for total in (0, 1, 8, *[1000] * 16):
         sizes = rng.multinomial(total, rng.dirichlet([0.3] * 7)).astype(np.int32)
-        work = work_list(jnp.asarray(sizes[2:6]), jnp.int32(sizes[:2].sum()), 1000)
+        work = work_list(jnp.asarray(sizes[2:6]), jnp.int32(sizes[:2].sum()), 1000, tile_rows)
         assert int(work.count) <= len(work.group)
         owner = np.full(1000, 99)
         for group, row, begin, end in list(zip(*map(np.asarray, work[:-1])))[: int(work.count)]:
-            assert row % 8 == 0 and 0 <= begin < end <= gpu_rows.ROWS
+            assert row % 8 == 0 and 0 <= begin < end <= tile_rows
             assert (owner[row + begin : row + end] == 99).all()
             owner[row + begin : row + end] = group
         expected = np.repeat([-1, -1, 0, 1, 2, 3, 4], sizes)
