@@ -21,6 +21,7 @@ from glm45_jax.infer.loop import Controls, State, advance, start
 from glm45_jax.infer.sampling import SamplingOptions, sampling_params
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
 from glm45_jax.model import Params
+from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
 _CHECK_EVERY = 16  # tokens between looks for stop strings
@@ -274,9 +275,10 @@ class _Run:
         if batch.limit == 0:
             return
         penalties = batch.controls.sampling.uses_penalties
-        state = start(
-            self._params, self._config, batch.tokens, batch.controls, capacity=batch.capacity, penalties=penalties
-        )
+        with device_in_force(self._params):
+            state = start(
+                self._params, self._config, batch.tokens, batch.controls, capacity=batch.capacity, penalties=penalties
+            )
         reached, pace = 1, 1
         while True:
             self._fetch(state)
@@ -286,7 +288,8 @@ class _Run:
             begin = time.monotonic()
             steps = size or pace
             reached = min(reached + steps, batch.limit)
-            state = advance(self._params, self._config, state, batch.controls, np.int32(reached), self._halted)
+            with device_in_force(self._params):
+                state = advance(self._params, self._config, state, batch.controls, np.int32(reached), self._halted)
             if size is None:
                 jax.block_until_ready(state.step)
                 pace = _new_pace(pace, time.monotonic() - begin)

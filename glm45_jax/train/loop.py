@@ -28,6 +28,7 @@ from glm45_jax.config import ModelConfig
 from glm45_jax.data import BatchIterator, DataConfig, build_data
 from glm45_jax.errors import UserError
 from glm45_jax.model import Params, abstract_params
+from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 from glm45_jax.train.checkpoint import Checkpoints, abstract_state, params_digest
 from glm45_jax.train.config import TrainConfig, to_tree
@@ -103,6 +104,7 @@ def train(
             Reporter(out, config.steps, int(state.step), tensorboard=config.tensorboard, console=console)
         )
         stop = stack.enter_context(_stop_signals())
+        stack.enter_context(device_in_force(state.params))
         state, finished = _run(config, tokenizer, state, data, checkpoints, reporter, stop, on_metrics)
         checkpoints.wait()
         model_dir = _export(config, state.params, tokenizer, out) if finished else None

@@ -176,7 +176,11 @@ def test_data_that_end_before_the_steps(run_config, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text('{"tokens": [1, 2, 3, 4, 5, 6, 7, 8]}\n' * 50)
     ending = DataConfig(sources=(SourceConfig(path=(str(few),)),), epochs=1)
-    result = train(run_config.replace(data=ending))
+    devices = []
+    result = train(
+        run_config.replace(data=ending), on_metrics=lambda *_: devices.append(jax.sharding.get_abstract_mesh().size)
+    )
+    assert set(devices) == {1}, "kernels are made for the device at hand"
     assert result.finished and int(result.state.step) == 400 // 64 and result.model_dir is not None
 
 

@@ -21,6 +21,8 @@ def cases() -> list[Case]:
 
 def matrix() -> list[Case]:
     shapes = [
+        {"length": 4096, "packed": False},
+        {"length": 5000},
         {"length": 32768, "packed": False},
         {"length": 131072, "heads": (12, 1, 128), "packed": False},  # one of eight devices
         {"length": 4096, "heads": (64, 8, 64)},

@@ -30,11 +30,14 @@ def matrix() -> list[Case]:
         {"m": 8192, "k": 4096, "n": 1408},
         {"m": 8192, "k": 5120, "n": 1536},
         {"m": 16384, "k": 5120, "n": 1536, "groups": 160},
+        {"m": 8192, "k": 4096, "n": 1408, "groups": 128},
+        {"m": 4096, "k": 5120, "n": 1536, "groups": 1},
         {"m": 37, "k": 4096, "n": 1408},
         {"m": 8192, "k": 4096, "n": 1408, "dtype": jnp.float32},
         {"m": 8192, "k": 4096, "n": 1408, "transpose": True},
     ]
     kinds = [(jnp.int8, "channel", True), (jnp.int8, "block", False), (jnp.float8_e4m3fn, "block", True)]
+    kinds += [(jnp.int8, "block", True), (jnp.float8_e4m3fn, "channel", False)]
     quantised = [
         forward(8192, 4096, 1408, weights=weights, per=per, transpose=transpose) for weights, per, transpose in kinds
     ]

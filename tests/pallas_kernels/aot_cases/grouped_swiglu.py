@@ -20,7 +20,7 @@ def cases() -> list[Case]:
 
 
 def matrix() -> list[Case]:
-    shapes = [{"m": 8192, **AIR}, {"m": 8192, **FULL}, {"m": 32768, **AIR}]
+    shapes = [{"m": 8192, **AIR}, {"m": 8192, **FULL}, {"m": 32768, **AIR}, {"m": 32768, **FULL}]
     shapes += [{"m": 32768, **AIR, "spread": "zipf"}, {"m": 8192, **AIR, "keep_products": True}]
     shapes += [{"m": 8192, **FULL, "dtype": jnp.float32}]
     beside = [in_three_steps(m, **AIR) for m in (8192, 32768)]
