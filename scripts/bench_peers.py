@@ -3,7 +3,8 @@
 Both sides get the same random weights in float32 and the same number of threads. Runs alternate, so that a machine
 whose speed drifts slows both; medians and their ratio are printed. transformers takes the best of its implementations
 of the experts. The blocked MoE layer stands beside one dense product of the same work, and a decoded token's experts
-beside their number, of which only the chosen ones may be read.
+beside their number, of which only the chosen ones may be read. Beside decoding stands what reading the weights allows:
+those that a step needs, each once, at the speed at which this machine reads a large matrix.
 
     python scripts/bench_peers.py                    # everything
     python scripts/bench_peers.py --json docs/proofs/peers.json
@@ -13,6 +14,7 @@ beside their number, of which only the chosen ones may be read.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -66,13 +68,42 @@ def alternate(rounds: int, sides: dict[str, Callable[[], None]]) -> dict[str, li
     return times
 
 
-def report(task: str, tokens: int, times: dict[str, list[float]]) -> dict:
+def report(task: str, tokens: int, times: dict[str, list[float]], allowed: float | None = None) -> dict:
     rates = {name: tokens / statistics.median(t) for name, t in times.items()}
     peer = max((name for name in rates if name != "glm45_jax"), key=rates.__getitem__)
     row = {"task": task, "tokens_per_s": rates, "best_peer": peer, "ratio": rates["glm45_jax"] / rates[peer]}
     shown = "  ".join(f"{name} {rate:8.1f}" for name, rate in rates.items())
-    print(f"{task:24s} {shown}  tokens/s   ratio {row['ratio']:.2f}x", flush=True)
+    bound = ""
+    if allowed is not None:
+        row |= {"memory_allows_tokens_per_s": allowed, "memory_allows_ratio": allowed / rates[peer]}
+        bound = f"; memory allows {allowed:.1f}, {row['memory_allows_ratio']:.2f}x"
+    print(f"{task:24s} {shown}  tokens/s   ratio {row['ratio']:.2f}x{bound}", flush=True)
     return row
+
+
+@functools.cache
+def memory_speed() -> float:
+    """Bytes per second of a product of a matrix of 1 GiB and a vector, the fastest of several."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((1 << 14, 1 << 14)), jnp.ones(1 << 14)
+    product = jax.jit(lambda m, v: m @ v)
+    times = alternate(5, {"product": lambda: jax.block_until_ready(product(matrix, vector))})
+    return matrix.nbytes / min(times["product"])
+
+
+def weights_read(params, config, batch: int) -> float:
+    """Bytes of the weights that a step of `batch` tokens needs, with experts chosen evenly and independently."""
+    import jax
+
+    chosen = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
+
+    def share(path) -> float:
+        names = {key.key for key in path}
+        return 0.0 if "embed" in names else chosen if "experts" in names else 1.0
+
+    return sum(x.nbytes * share(path) for path, x in jax.tree_util.tree_leaves_with_path(params))
 
 
 def prefill(pair, rounds: int) -> list[dict]:
@@ -144,7 +175,8 @@ def _decode(pair, rounds: int, batch: int) -> dict:
 
     sides = {"glm45_jax": lambda: jax.block_until_ready(rest(params, logits, cache))}
     sides |= {experts: torch_side(experts) for experts in EXPERTS}
-    return report(f"decode batch {batch}", batch * NEW_TOKENS, alternate(rounds, sides))
+    allowed = batch * memory_speed() / weights_read(params, config, batch)
+    return report(f"decode batch {batch}", batch * NEW_TOKENS, alternate(rounds, sides), allowed)
 
 
 def train(pair, rounds: int) -> list[dict]:
