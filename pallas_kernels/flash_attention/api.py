@@ -6,6 +6,7 @@ Axes: B batch, S queries, T keys, H query heads, K kv heads (H = G K), D head di
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,7 +129,34 @@ def _dispatched(implementations, implementation, problem: Problem, *args: Any):
         return function(q, k, v, segments, q_offset, *rest, problem=problem)
 
     told_all = {name: functools.partial(told, function) for name, function in implementations.items()}
-    return dispatch(told_all, implementation, *args, default="cpu")
+    return _with_vmap(lambda *args: dispatch(told_all, implementation, *args, default="cpu"))(*args)
+
+
+def _with_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(q, k, v, segments, q_offset, ...)` under `vmap`: the mapped axis becomes part of B, in one call.
+
+    But where the offset is mapped too, of which a call has one: then there is a call for each.
+    """
+    folded, one_by_one, offset = jax.custom_batching.custom_vmap(run), jax.custom_batching.sequential_vmap(run), 4
+
+    @folded.def_vmap
+    def _mapped(size, mapped, *args):
+        if mapped[offset]:
+            axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
+            out = jax.vmap(one_by_one, tuple(axes), axis_size=size)(*args)
+        else:
+
+            def rows(x, is_mapped):
+                x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+                return x.reshape(-1, *x.shape[2:])
+
+            arrays, which = ([*x[:offset], *x[offset + 1 :]] for x in (args, mapped))
+            arrays = jax.tree.map(rows, arrays, which)
+            out = folded(*arrays[:offset], args[offset], *arrays[offset:])
+            out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return folded
 
 
 def _check(q, k, v) -> None:

@@ -271,13 +271,36 @@ def test_vmap_scan_and_remat(implementation: str) -> None:
     with on(implementation):
         value, gradients = quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
         scanned = quick_jit(lambda *x: jax.lax.scan(lambda c, x: (c + loss(*x), None), 0.0, x)[0])(*one_by_one)
+        # the interpreter does not know remat; test_aot.py compiles it
+        one = loss if implementation == "tpu" else jax.checkpoint(loss)
+        mapped, mapped_gradients = quick_jit(jax.vmap(jax.value_and_grad(one, (0, 1, 2))))(*one_by_one)
     np.testing.assert_allclose(scanned, value, rtol=1e-6)
-    if implementation == "tpu":
-        return  # the interpreter knows neither a grid that vmap has grown nor remat; test_aot.py compiles them
-    mapped, mapped_gradients = quick_jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2))))(*one_by_one)
     np.testing.assert_allclose(mapped.sum(), value, rtol=1e-6)
     for a, b in zip(mapped_gradients, gradients):
         np.testing.assert_allclose(a[:, 0], b, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mapped", ["queries", "offsets", "segments"])
+def test_what_is_mapped_over_part_of_the_arguments(mapped: str, implementation: str) -> None:
+    """Three calls in one: of other queries to the same keys, at other offsets, with other segments."""
+    (q, k, v, *_), _ = inputs(Case(20, 40, batch=2))
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 2, 40)), jnp.int32)
+    arguments = {"queries": jnp.stack([q, 2 * q, -q]), "offsets": jnp.array([20, 3, 0], jnp.int32), "segments": ids}
+
+    def attend(x):
+        queries = x if mapped == "queries" else q
+        options = {"q_offset": x} if mapped == "offsets" else {"q_offset": 20}
+        if mapped == "segments":
+            options |= {"segment_ids": x[:, 20:], "kv_segment_ids": x}
+        return flash_attention(queries, k, v, return_lse=True, implementation=implementation, **options)
+
+    with on(implementation):
+        found = quick_jit(jax.vmap(attend))(arguments[mapped])
+        right = [quick_jit(attend)(x) for x in arguments[mapped]]
+    for a, b in zip(found, zip(*right)):
+        np.testing.assert_allclose(a, jnp.stack(b), atol=1e-6)
 
 
 def test_what_waits_for_the_backward_pass_can_be_kept() -> None:
