@@ -25,7 +25,7 @@ def matrix() -> list[Case]:
         *(decoding(64, dtype) for dtype in pages_of),
         *(mixed(dtype) for dtype in pages_of),
         decoding(64, jnp.float32, dtype=jnp.float32),
-        decoding(256, jnp.bfloat16),
+        decoding(128, jnp.bfloat16),
         decoding(64, jnp.bfloat16, 128),
         decoding(64, jnp.bfloat16, heads=(12, 1, 128)),  # one of eight devices
         mixed(jnp.bfloat16, heads=(12, 1, 128)),
