@@ -11,6 +11,7 @@ import pytest
 from glm45_jax.cli import main
 from glm45_jax.config import get_preset
 from glm45_jax.plan.kernels import Sizes, cases_of, group_sizes, kernel_cases
+from glm45_jax.plan.peers import peers
 from pallas_kernels.analysis.timing import random_arrays, time_by_turns
 
 SMALL = ("--rows", "64", "--tokens", "32", "--sequence", "32", "--experts", "4")
@@ -49,13 +50,29 @@ def test_an_unknown_preset_is_the_users_error(command: str, capsys) -> None:
 def test_bench_times_the_implementations_by_turns(capsys) -> None:
     args = ("bench", "kernels", "--op", "grouped_matmul", "--model", "tiny", "--seconds", "0", *SMALL)
     rows = json.loads(output(capsys, *args, "--json"))["rows"]
-    directions, names = ("forward", "dlhs", "drhs"), ("reference", "cpu")
+    directions, names = ("forward", "dlhs", "drhs"), ("reference", "cpu", "dense, one matrix")
     expected = {(f"grouped_matmul/{d}", name) for d in directions for name in names}
     assert {(r["case"].split(",")[0], r["implementation"]) for r in rows} == expected
     for row in rows:
         assert row["calls"] >= 3 and row["seconds"] >= row["fastest_seconds"] > 0
         assert row["share_of_bound"] > 0 and row["bound"] in ("products", "memory") and row["peak_measured"]
     assert "speed-up" in output(capsys, *args)
+
+
+def test_the_dense_product_beside_a_grouped_one_is_the_same_work() -> None:
+    """With all rows in the first group, it gives what the kernel gives."""
+    for case in kernel_cases("tiny", "grouped_matmul", "cpu", rows=24, experts=4, dtype="float32"):
+        arguments = list(random_arrays(case.arguments))
+        arguments[2] = jnp.array([24, 0, 0, 0], jnp.int32)
+        dense = peers(case, "cpu")["dense, one matrix"](*arguments)
+        own = case.function(*arguments)
+        np.testing.assert_allclose(dense, own[0] if own.ndim == 3 else own, atol=1e-5)
+
+
+def test_only_the_implementations_asked_for_are_timed(capsys) -> None:
+    args = ("bench", "kernels", "--op", "fused_moe", "--implementation", "cpu", "--model", "tiny", "--seconds", "0")
+    rows = json.loads(output(capsys, *args, *SMALL, "--json"))["rows"]
+    assert {r["implementation"] for r in rows} == {"cpu"} and rows[0]["times_the_reference"] is None
 
 
 def test_what_cannot_run_is_said() -> None:
