@@ -69,6 +69,7 @@ def test_the_dense_product_beside_a_grouped_one_is_the_same_work() -> None:
         np.testing.assert_allclose(dense, own[0] if own.ndim == 3 else own, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_the_implementations_asked_for_are_timed(capsys) -> None:
     args = ("bench", "kernels", "--op", "fused_moe", "--implementation", "cpu", "--model", "tiny", "--seconds", "0")
     rows = json.loads(output(capsys, *args, *SMALL, "--json"))["rows"]
