@@ -42,7 +42,7 @@ def multiprocessors() -> int:
     return getattr(device, "num_cores", None) or _MULTIPROCESSORS
 
 
-def cluster_size(worthwhile: bool = True) -> int:
+def cluster_size(worthwhile: bool) -> int:
     """How many blocks take neighbouring tiles together, and what these share from L2 once."""
     return _CLUSTER if worthwhile else 1
 
@@ -200,7 +200,9 @@ class Ring:
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.loaded.at[slot], **together)
 
     def drain(self, steps: Any) -> None:
-        """Waits until all that was filled has been read: no block ends while a neighbour may write to its barriers."""
+        """In a cluster, waits until all `steps` are read: till then a neighbour writes to this block's barriers."""
+        if not self.shared:
+            return
 
         def one(step, _):
             plgpu.barrier_wait(self.consumed.at[lax.rem(step, self.stages)])
@@ -268,9 +270,9 @@ class Store:
         return [plgpu.RefUnion(*one) if partial else one[0]] * COMPUTE_WARPGROUPS
 
     @staticmethod
-    def shared_bytes(slots: int = 2) -> int:
-        """Whatever the type."""
-        return COMPUTE_WARPGROUPS * slots * WARPGROUP_ROWS * SWIZZLE_BYTES
+    def shared_bytes() -> int:
+        """Of the two slots of all warpgroups, whatever the type."""
+        return COMPUTE_WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
 
     def rows(self, y: jax.Array, out: Any, row: Any, begin: Any, end: Any, column: Any) -> None:
         """Stores rows `begin` to `end` of `y` [64, n]; its first row and column are (`row`, `column`) of `out`.

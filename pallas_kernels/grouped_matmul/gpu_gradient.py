@@ -81,9 +81,7 @@ def _kernel(borders, left, right, out, *, buffers, barriers, masked, stored, til
             lax.fori_loop(0, num_steps, one, None)
             return step + num_steps
 
-        steps = mosaic_gpu.for_each_tile(num_groups * left_tiles * right_tiles, load_tile)
-        if cluster > 1:
-            ring.drain(steps)
+        ring.drain(mosaic_gpu.for_each_tile(num_groups * left_tiles * right_tiles, load_tile))
 
     def compute(warpgroup):
         mine = pl.ds(pl.multiple_of(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)

@@ -170,9 +170,7 @@ def _kernel(scalars, work, lhs, matrices, out, *, buffers, barriers, stored, til
             lax.fori_loop(0, num_steps, one, None)
             return step + num_steps
 
-        steps = mosaic_gpu.for_each_tile(num_tiles, load_tile)
-        if cluster > 1:
-            ring.drain(steps)
+        ring.drain(mosaic_gpu.for_each_tile(num_tiles, load_tile))
 
     def compute(warpgroup):
         mine = pl.multiple_of(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)

@@ -97,9 +97,7 @@ def _kernel(
             lax.fori_loop(0, steps, one, None)
             return step + steps
 
-        steps_taken = mosaic_gpu.for_each_tile(token_tiles * column_tiles, load_tile)
-        if cluster > 1:
-            ring.drain(steps_taken)
+        ring.drain(mosaic_gpu.for_each_tile(token_tiles * column_tiles, load_tile))
 
     def compute(warpgroup):
         first = pl.multiple_of(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
