@@ -24,6 +24,29 @@ RematPolicy = Literal["none", "full", "dots", "save_block_outputs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over the mesh in force; without one nothing of it matters."""
+
+    rules: tuple[tuple[str, ...], ...] = ()  # changes to `parallel.RULES`: a logical axis, then its mesh axes (or none)
+    dispatch: Literal["auto", "all_to_all", "all_gather"] = "auto"  # how tokens reach the devices of their experts
+    expert_chunks: int | None = None  # of all_to_all: pieces of a device's tokens, one after another; None: by memory
+    expert_capacity: float | None = None  # of all_to_all: rows received, in means; None: no token is ever dropped
+    microbatches: int | None = None  # of a pipeline; None: as many as it has stages
+    pipeline_repeats: int = 1  # rounds of a circular pipeline, in each of which a stage has some of its layers
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.expert_chunks is None or self.expert_chunks >= 1, "expert_chunks must be at least 1"),
+            (self.expert_capacity is None or self.expert_capacity > 0, "expert_capacity must be positive"),
+            (self.microbatches is None or self.microbatches >= 1, "microbatches must be at least 1"),
+            (self.pipeline_repeats >= 1, "pipeline_repeats must be at least 1"),
+            (all(self.rules), "a rule needs a logical axis: [embed, fsdp]"),
+        ]
+        if problems := [message for ok, message in checks if not ok]:
+            raise UserError("parallel: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model of the family. Frozen and hashable, so that jitted functions take it as a static argument."""
 
@@ -63,6 +86,7 @@ class ModelConfig:
     param_dtype: Dtype = "bfloat16"  # the router's selection bias is float32 whatever this says
     remat: RematPolicy = "none"
     implementation: str | None = None  # of the kernels; None lets the lowering platform choose
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -207,7 +231,7 @@ def _parameter_counts(c: ModelConfig) -> dict[str, int]:
 # Our own facts ride in config.json under this key; other readers pass over it.
 EXTRA_KEY = "glm45_jax"
 _EXTRA_FIELDS = ("mtp_own_embed", "mtp_own_head", "real_vocab_size")
-_COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "implementation")
+_COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "implementation", "parallel")
 # Absent in some published files, with one meaning each.
 _OPTIONAL = {
     "n_group": 1,

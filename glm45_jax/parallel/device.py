@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from glm45_jax.parallel.sharding import make_mesh
+from glm45_jax.parallel.mesh import make_mesh
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ vocabulary) and `expert`. A mesh may lack any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm45_jax.errors import UserError
 
@@ -28,25 +28,6 @@ RULES: dict[str, MeshAxes] = {
     "experts": "expert",
     "expert_mlp": "tensor",
 }
-
-
-def make_mesh(devices: Sequence[Any] | None = None, **axis_sizes: int) -> Mesh:
-    """A mesh of Auto axes in the order given; one size may be -1: what remains.
-
-    >>> make_mesh(fsdp=2, tensor=-1)
-
-    Raises:
-      UserError: the sizes don't multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else list(devices)
-    sizes, known = dict(axis_sizes), math.prod(size for size in axis_sizes.values() if size != -1)
-    open_axes = [name for name, size in sizes.items() if size == -1]
-    if len(open_axes) == 1 and known > 0:
-        sizes[open_axes[0]] = len(devices) // known
-    if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
-        raise UserError(f"a mesh of {axis_sizes} does not divide {len(devices)} devices")
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def tree_shardings(

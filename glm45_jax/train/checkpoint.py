@@ -25,7 +25,7 @@ from glm45_jax.model import Params
 from glm45_jax.train.step import TrainState
 
 # Compute fields may change when a run goes on; these decide what the parameters are.
-_COMPUTE_FIELDS = {"dtype", "remat", "implementation"}
+_COMPUTE_FIELDS = {"dtype", "remat", "implementation", "parallel"}
 
 logger = logging.getLogger(__name__)
 
