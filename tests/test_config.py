@@ -194,7 +194,16 @@ def test_transformers_reads_the_same_values(name: str, form: Any) -> None:
     transformers = pytest.importorskip("transformers")
     config = get_preset(name)
     theirs = transformers.Glm4MoeConfig.from_dict(config.to_hf(form))
-    skipped = {"rope_theta", "partial_rotary_factor", "eos_token_id", "dtype", "param_dtype", "remat", "implementation"}
+    skipped = {
+        "rope_theta",
+        "partial_rotary_factor",
+        "eos_token_id",
+        "dtype",
+        "param_dtype",
+        "remat",
+        "implementation",
+        "parallel",
+    }
     skipped |= {"mtp_own_embed", "mtp_own_head", "real_vocab_size"}
     for field in dataclasses.fields(config):
         if field.name not in skipped:
