@@ -3,13 +3,13 @@
 Under a mesh no device repeats another's work. Matrices of one shape that are cut alike make a `Job`, done in one of two
 ways, whichever costs a device fewer operations:
 
-  whole   an all-to-all turns pieces of every matrix into whole matrices of a part of the batch; each device iterates on
-          its own, and a second all-to-all brings them back
-  rows    for few, long matrices, such as the output head: the long side stays cut, and the Gram matrix of the short side
-          is summed over the devices at every iteration
+  whole   an all-to-all turns pieces of every matrix into whole matrices of a part of the batch; each device iterates
+          on its own, and a second all-to-all brings them back
+  rows    for few, long matrices, such as the output head: the long side stays cut, and the Gram matrix of the short
+          side is summed over the devices at every iteration
 
-Sources: arXiv 2508.06471 section 2.4 (N = 5, momentum 0.95, update RMS 0.2), arXiv 2502.16982 (update RMS; a distributed
-Muon that gathers whole matrices), optax.contrib.muon (bias correction of the momentum).
+Sources: arXiv 2508.06471 section 2.4 (N = 5, momentum 0.95, update RMS 0.2), arXiv 2502.16982 (update RMS; a Muon
+that gathers whole matrices), optax.contrib.muon (bias correction of the momentum).
 
 Axes: b matrices (layers times experts), o rows (out), i columns (in).
 """
@@ -86,9 +86,10 @@ def scale_by_muon(
         paths, gradients = [path for path, _ in leaves], tuple(leaf for _, leaf in leaves)
         mesh = jax.sharding.get_abstract_mesh()
         shapes = [x.shape for x in gradients]
-        divided = shardings is not None and mesh.size > 1 and not mesh.empty
-        specs = _specs(shardings(mesh), paths) if shardings is not None and divided else [PartitionSpec()] * len(shapes)
-        jobs = plan_jobs(shapes, specs, dict(mesh.shape) if divided else {}, ns_steps=ns_steps)
+        divided = shardings is not None and not mesh.empty and mesh.size > 1
+        sizes = dict(mesh.shape) if divided else {}
+        specs = _specs(shardings(mesh), paths, sizes) if shardings and divided else [PartitionSpec()] * len(shapes)
+        jobs = plan_jobs(shapes, specs, sizes, ns_steps=ns_steps)
         run = functools.partial(_directions, jobs=jobs, solve=solve, ns_dtype=ns_dtype)
         if divided:
             run = _on_mesh(run, mesh, specs)
@@ -145,8 +146,9 @@ class Job:
     turned: tuple[bool, ...]  # of each, whether its matrices are transposed to join the first's
     held: int  # matrices of which the device holds a piece
     shape: tuple[int, int]  # of a whole matrix
-    row_axes: Names  # mesh axes that cut the rows, each of several devices
-    column_axes: Names
+    batch_axes: Names  # mesh axes, each of several devices, that cut layers or experts,
+    row_axes: Names  # rows,
+    column_axes: Names  # and columns
     free_axes: Names  # mesh axes over which the leaves are repeated: they share the work too
     devices: int  # that share `held` matrices
     by_rows: bool  # the way called `rows` above
@@ -172,7 +174,9 @@ class Job:
     def bytes_sent(self, sizes: Mapping[str, int], itemsize: int = 2) -> dict[str, float]:
         """Bytes that leave the device, by collective."""
         o, i = self.shape
-        rows, columns, free = (math.prod(sizes[a] for a in n) for n in (self.row_axes, self.column_axes, self.free_axes))
+        rows, columns, free = (
+            math.prod(sizes[a] for a in n) for n in (self.row_axes, self.column_axes, self.free_axes)
+        )
         matrices = self.parts * self.at_once
         piece = matrices * o * i / (rows * columns * free) * itemsize
         cut = (columns if o >= i else rows) if self.by_rows else rows * columns
@@ -185,7 +189,7 @@ class Job:
 def _flops(shape: tuple[int, int], steps: int, cut: int = 1) -> float:
     """Of the products of one matrix whose long side is cut in `cut` pieces."""
     short, long = min(shape), max(shape)
-    return steps * (4.0 * long / cut * short**2 + 2.0 * short**3)
+    return steps * (4.0 * -(-long // cut) * short**2 + 2.0 * short**3)
 
 
 def plan_jobs(
@@ -213,12 +217,15 @@ def plan_jobs(
         turned = devices > 1 and shape[-2] > shape[-1]
         sides = (shape[-1], shape[-2], columns, rows) if turned else (shape[-2], shape[-1], rows, columns)
         alone = devices == 1 or held >= _ALONE * devices
-        pools.setdefault((*sides, free, number if alone else None), []).append((number, held, turned))
+        over = tuple(name for axes in batch for name in axes)
+        pools.setdefault((*sides, free, over, number if alone else None), []).append((number, held, turned))
     return [_job(key, members, sizes, ns_steps, working_bytes) for key, members in pools.items()]
 
 
-def _job(key: Any, members: list[Any], sizes: Mapping[str, int], ns_steps: int, working_bytes: int) -> Job:
-    short, long, rows, columns, free, _ = key
+def _job(
+    key: Any, members: list[tuple[int, int, bool]], sizes: Mapping[str, int], ns_steps: int, working_bytes: int
+) -> Job:
+    short, long, rows, columns, free, batch, _ = key
     numbers, helds, turned = zip(*members)
     if all(turned):  # none need be turned then
         short, long, rows, columns, turned = long, short, columns, rows, (False,) * len(turned)
@@ -232,8 +239,8 @@ def _job(key: Any, members: list[Any], sizes: Mapping[str, int], ns_steps: int, 
     parts = -(-held // (shared * max(1, working_bytes // each)))
     at_once = shared * -(-held // (shared * parts))
     return Job(
-        leaves=numbers, turned=turned, held=held, shape=shape, row_axes=rows, column_axes=columns, free_axes=free,
-        devices=devices, by_rows=is_by_rows, at_once=at_once, ns_steps=ns_steps,
+        leaves=numbers, turned=turned, held=held, shape=shape, batch_axes=batch, row_axes=rows, column_axes=columns,
+        free_axes=free, devices=devices, by_rows=is_by_rows, at_once=at_once, ns_steps=ns_steps,
     )  # fmt: skip
 
 
@@ -243,10 +250,11 @@ def _names(entry: Any, sizes: Mapping[str, int]) -> Names:
     return tuple(name for name in names if name in sizes)
 
 
-def _specs(shardings: Any, paths: Sequence[Any]) -> list[PartitionSpec]:
-    """Of the leaves at `paths`; `shardings` may hold more."""
+def _specs(shardings: Any, paths: Sequence[Any], sizes: Mapping[str, int]) -> list[PartitionSpec]:
+    """Of the leaves at `paths`, without mesh axes of one device; `shardings` may hold more leaves."""
     by_path = dict(jax.tree_util.tree_flatten_with_path(shardings)[0])
-    return [by_path[path].spec for path in paths]
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    return [PartitionSpec(*(_names(entry, sizes) or None for entry in by_path[path].spec)) for path in paths]
 
 
 # --- doing it --------------------------------------------------------------------------------------------------------
@@ -328,10 +336,10 @@ def _in_parts(job: Job, take: Take, solve: Callable[..., Array]) -> Float[Array,
         first = jnp.minimum(n * count, last)
         return jax.lax.dynamic_update_slice_in_dim(out, finish(take(first, count)), first, 0)
 
-    like = jax.eval_shape(lambda: finish(take(0, count)))
+    like = jax.eval_shape(lambda: take(0, count))
     out = jnp.zeros((job.held, *like.shape[1:]), like.dtype)
-    varying = tuple(getattr(like, "vma", ()))
-    out = jax.lax.pcast(out, varying, to="varying") if varying else out
+    cut = job.batch_axes + job.row_axes + job.column_axes
+    out = jax.lax.pcast(out, cut, to="varying") if cut else out
     return jax.lax.fori_loop(0, job.parts, part, out)
 
 
@@ -377,7 +385,10 @@ def _own_part(x: Array, axis: int, names: Names) -> Array:
 
 
 def _exchange(x: Array, names: Names, cut: int, join: int) -> Array:
-    return jax.lax.all_to_all(x, names, cut, join, tiled=True) if names else x
+    if not names:
+        return x
+    x = jax.lax.optimization_barrier(x)  # XLA on CPU gives padding another layout than the rest, and then refuses both
+    return jax.lax.all_to_all(x, names, cut, join, tiled=True)
 
 
 def _gather(x: Array, axis: int, names: Names) -> Array:

@@ -8,19 +8,20 @@ dimensions: a stack of experts [L, E, F, D] is L times E matrices, an embedding 
   adamw_1d    norm scales and biases, without weight decay
   frozen      the router's selection bias: the loss-free balance rule alone moves it (`train/step.py`)
 
-Source: arXiv 2508.06471 section 2.4 (Muon with N = 5, momentum 0.95, update RMS 0.2, weight decay 0.1). Muon's direction
-itself, and how devices share the work for it, is in `train/muon.py`.
+Source: arXiv 2508.06471 section 2.4 (Muon with N = 5, momentum 0.95, update RMS 0.2, weight decay 0.1). Muon's
+direction itself, and how devices share the work for it, is in `train/muon.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from glm45_jax.config import ModelConfig
@@ -40,6 +41,8 @@ class OptimizerConfig:
     min_learning_rate: float = 2.5e-5  # at the end of the cosine
     warmup_steps: int = 0  # linear from 0
     decay_steps: int | None = None  # where the cosine ends, counted from step 0; None: with the run
+    warmup_tokens: int | None = None  # both by tokens instead: for batches that grow, and stages of several lengths
+    decay_tokens: int | None = None
     weight_decay: float = 0.1  # decoupled; not on norms and biases
     clip_norm: float | None = 1.0  # of the gradient over all parameters
     muon_head: bool = True  # False: the output head is AdamW's
@@ -64,6 +67,12 @@ class OptimizerConfig:
             ),
             (self.warmup_steps >= 0, "warmup_steps is negative"),
             (self.decay_steps is None or self.decay_steps >= 1, "decay_steps must be at least 1"),
+            (self.warmup_tokens is None or self.warmup_tokens >= 0, "warmup_tokens is negative"),
+            (self.decay_tokens is None or self.decay_tokens >= 1, "decay_tokens must be at least 1"),
+            (
+                not self.by_tokens or not (self.warmup_steps or self.decay_steps),
+                "the schedule is given by steps and by tokens; choose one of them",
+            ),
             (self.weight_decay >= 0, "weight_decay is negative"),
             (self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive, or null for no clipping"),
             (0 <= self.momentum < 1, "momentum lies outside 0..1"),
@@ -75,27 +84,65 @@ class OptimizerConfig:
             raise UserError("optimizer: " + "; ".join(problems))
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over `warmup_steps`, then a cosine that ends at `decay_steps` or `steps`."""
-    end = config.decay_steps or steps
-    if config.warmup_steps >= end:
+    @property
+    def by_tokens(self) -> bool:
+        """Whether the learning rate follows the tokens seen rather than the steps."""
+        return self.warmup_tokens is not None or self.decay_tokens is not None
+
+
+def make_schedule(
+    config: OptimizerConfig, steps: int, milestones: Sequence[tuple[int, int]] | None = None
+) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warm-up, then a cosine that ends where the decay does, or the run.
+
+    Args:
+      steps: where the run ends.
+      milestones: (step, tokens seen before it) between which tokens grow evenly; for a schedule by tokens.
+    """
+    if not config.by_tokens:
+        return _warmup_cosine(config, config.warmup_steps, config.decay_steps or steps, "steps")
+    if not milestones:
+        raise UserError("optimizer: a schedule by tokens needs to know how many a step has; give warmup_steps instead")
+    at, seen = np.array(milestones, np.float64).T
+    end = config.decay_tokens or int(seen[-1])
+    by_share = _warmup_cosine(config, config.warmup_tokens or 0, end, "tokens", scale=end)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        return by_share(jnp.interp(jnp.asarray(step, jnp.float32), jnp.asarray(at), jnp.asarray(seen / end)))
+
+    return schedule
+
+
+def _warmup_cosine(config: OptimizerConfig, warmup: int, end: int, unit: str, scale: int = 1) -> optax.Schedule:
+    """By places in `unit` divided by `scale`."""
+    if warmup >= end:
         raise UserError(
-            f"optimizer.warmup_steps ({config.warmup_steps}) reaches the end of the schedule ({end} steps); "
+            f"optimizer.warmup_{unit} ({warmup}) reaches the end of the schedule ({end} {unit}); "
             "make it smaller, or the run longer"
         )
-    peak, last = config.learning_rate, config.min_learning_rate
-    if not config.warmup_steps:
-        return optax.cosine_decay_schedule(peak, end, alpha=last / peak)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, end, end_value=last)
+    peak, last, rise, length = config.learning_rate, config.min_learning_rate, warmup / scale, end / scale
+
+    def schedule(place: jax.typing.ArrayLike) -> jax.Array:
+        place = jnp.asarray(place, jnp.float32)
+        share = jnp.clip((place - rise) / (length - rise), 0, 1)
+        cosine = last + (peak - last) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        return jnp.where(place < rise, peak * place / rise, cosine) if rise else cosine
+
+    return schedule
 
 
-def make_optimizer(config: ModelConfig, optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    milestones: Sequence[tuple[int, int]] | None = None,
+) -> optax.GradientTransformation:
     """The whole update rule for a params tree of `config`: clipping, Muon and AdamW, weight decay, learning rate.
 
     Arithmetic is float32 whatever the parameters' dtype (Muon's iterations: `ns_dtype`), and so is the state unless
-    said otherwise. Muon's work is divided over the mesh in force. `steps` is the length of the run, for the schedule.
+    said otherwise. Muon's work is divided over the mesh in force. `steps` and `milestones` are for the schedule (`make_schedule`).
     """
-    tail = optax.scale_by_learning_rate(make_schedule(optimizer, steps))
+    tail = optax.scale_by_learning_rate(make_schedule(optimizer, steps, milestones))
     decay = optax.add_decayed_weights(optimizer.weight_decay)
     adam = _stored_as(optimizer.adam_dtype, optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps))
     adam = optax.chain(_scaled(), adam)
