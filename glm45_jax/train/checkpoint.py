@@ -150,7 +150,9 @@ def _check_model(saved: dict[str, Any], model: ModelConfig, where: Path, may_dif
     different = [
         f"{name} was {saved.get(name)!r}, is {value!r}"
         for name, value in dataclasses.asdict(model).items()
-        if name not in _COMPUTE_FIELDS and name not in may_differ and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
+        if name not in _COMPUTE_FIELDS
+        and name not in may_differ
+        and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
     ]
     if different:
         raise UserError(

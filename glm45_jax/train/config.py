@@ -165,6 +165,11 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     Raises:
       UserError: no such file, not YAML, an unknown key, or a value that its field cannot take.
     """
+    return train_config_from(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain nested values of a YAML file, with `key=value` overrides put over them."""
     try:
         tree = yaml.safe_load(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -175,7 +180,7 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
         raise UserError(f"{path}: expected a mapping of fields to values, found {type(tree).__name__}")
     for override in overrides:
         _put(tree, override)
-    return train_config_from(tree, str(path))
+    return tree
 
 
 def train_config_from(tree: Mapping[str, Any], where: str = "config") -> TrainConfig:
@@ -268,7 +273,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _check_keys(cls: Any, tree: Mapping[str, Any], where: str, extra: Sequence[str] = ()) -> None:
-    known = [field.name for field in dataclasses.fields(cls)] + list(extra)
+    check_keys([field.name for field in dataclasses.fields(cls)] + list(extra), tree, where)
+
+
+def check_keys(known: Sequence[str], tree: Mapping[str, Any], where: str) -> None:
+    """Refuses keys that are not known, with what may have been meant."""
     for key in tree:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{_hint(key, known)}. Known: {', '.join(known)}")

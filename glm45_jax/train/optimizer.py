@@ -83,7 +83,6 @@ class OptimizerConfig:
         if problems:
             raise UserError("optimizer: " + "; ".join(problems))
 
-
     @property
     def by_tokens(self) -> bool:
         """Whether the learning rate follows the tokens seen rather than the steps."""
@@ -140,7 +139,7 @@ def make_optimizer(
     """The whole update rule for a params tree of `config`: clipping, Muon and AdamW, weight decay, learning rate.
 
     Arithmetic is float32 whatever the parameters' dtype (Muon's iterations: `ns_dtype`), and so is the state unless
-    said otherwise. Muon's work is divided over the mesh in force. `steps` and `milestones` are for the schedule (`make_schedule`).
+    said otherwise. Muon's work is divided over the mesh in force. `steps` and `milestones`: see `make_schedule`.
     """
     tail = optax.scale_by_learning_rate(make_schedule(optimizer, steps, milestones))
     decay = optax.add_decayed_weights(optimizer.weight_decay)
