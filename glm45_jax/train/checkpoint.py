@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ class Checkpoints:
         with self._explained():  # also of the save before, which ran beside the steps
             self._manager.save(int(state.step), args=saving)
 
-    def restore(self, like: TrainState, model: ModelConfig) -> tuple[TrainState, dict[str, Any] | None] | None:
+    def restore(
+        self, like: TrainState, model: ModelConfig, may_differ: Collection[str] = ()
+    ) -> tuple[TrainState, dict[str, Any] | None] | None:
         """State and data position of the newest checkpoint that can be read; None where there is none.
 
         One that cannot be read (a damaged disk, a copy cut short) is put aside as `STEP.damaged`, and said.
 
         Args:
           like: the state's shapes, dtypes and shardings.
+          may_differ: fields of the model that may be others than the checkpoint's.
 
         Raises:
           UserError: the checkpoint is of another model, or none of several can be read.
@@ -66,7 +69,7 @@ class Checkpoints:
             folder = self._folder / str(step)
             try:
                 about = self._read(step, about=ocp.args.JsonRestore())
-                _check_model(about["model"], model, folder)
+                _check_model(about["model"], model, folder, may_differ)
                 state = self._read(step, state=ocp.args.StandardRestore(_to_saved(like)))
             except UserError:
                 raise
@@ -143,11 +146,13 @@ def _on_device(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
-def _check_model(saved: dict[str, Any], model: ModelConfig, where: Path) -> None:
+def _check_model(saved: dict[str, Any], model: ModelConfig, where: Path, may_differ: Collection[str]) -> None:
     different = [
         f"{name} was {saved.get(name)!r}, is {value!r}"
         for name, value in dataclasses.asdict(model).items()
-        if name not in _COMPUTE_FIELDS and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
+        if name not in _COMPUTE_FIELDS
+        and name not in may_differ
+        and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
     ]
     if different:
         raise UserError(

@@ -30,6 +30,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.model import Params, abstract_params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
+from glm45_jax.train import timeline
 from glm45_jax.train.checkpoint import Checkpoints, abstract_state, params_digest
 from glm45_jax.train.config import TrainConfig, to_tree
 from glm45_jax.train.loss import Batch, loss_fn
@@ -41,8 +42,8 @@ OnMetrics = Callable[[int, Metrics], None]
 
 # What `train_step` and `init_state` read.
 _STEP_FIELDS = {
-    "model", "steps", "accumulation", "batch_size", "seq_len", "optimizer", "mtp_loss_weight", "balance_loss_weight",
-    "bias_update_rate", "seed",
+    "model", "steps", "accumulation", "batch_size", "batch_warmup", "seq_len", "optimizer", "mtp_loss_weight",
+    "balance_loss_weight", "bias_update_rate", "skip_spikes", "first_step", "first_tokens", "seed",
 }  # fmt: skip
 _first_state = jax.jit(init_state, static_argnames="config")
 _step = jax.jit(train_step, static_argnames="config", donate_argnums=0)
@@ -94,7 +95,7 @@ def train(
         _use_compilation_cache(config)
         tokenizer = tokenizer or prepare_tokenizer(config, out)
         config = _with_tokens_of(tokenizer, config)
-        data = _open_data(config, settings, tokenizer)
+        data = _open_data(config, settings, tokenizer, timeline.piece_size(config))
         stack.callback(data.close)
         checkpoints = Checkpoints(out / "checkpoints", config.keep)
         stack.callback(checkpoints.close)
@@ -151,9 +152,26 @@ def _start(config: TrainConfig, checkpoints: Checkpoints, data: BatchIterator) -
         if position is not None and int(state.step) < config.steps:
             data.set_state(position)
         return state
+    if config.continue_from is not None:
+        return _continued(config, abstract_state(init))
     params = None if config.init_from is None else _initial_params(config)
     # Placed as a restored state is: both are then stepped by one and the same program.
     return jax.device_put(_first_state(_compiled_fields(config), params), jax.devices()[0])
+
+
+def _continued(config: TrainConfig, like: TrainState) -> TrainState:
+    """The last state of the run in `continue_from`; how positions are rotated may differ from then on."""
+    before = Checkpoints(Path(str(config.continue_from)) / "checkpoints", config.keep)
+    restored = before.restore(like, config.model, may_differ=("rope_theta", "max_position_embeddings"))
+    before.close()
+    step = None if restored is None else int(restored[0].step)
+    if restored is None or step != config.first_step:
+        found = "has no checkpoints" if step is None else f"ends at step {step}"
+        raise UserError(
+            f"continue_from {config.continue_from}: that run {found}, this one begins at step {config.first_step}. "
+            "Finish that run first (did its data or its time end early?), or set first_step and first_tokens"
+        )
+    return restored[0]
 
 
 def _initial_params(config: TrainConfig) -> Params:
@@ -174,8 +192,8 @@ def _run(
     checkpoints: Checkpoints, reporter: Reporter, stop: threading.Event, on_metrics: OnMetrics | None,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """The steps. Returns the last state, and whether the run is over rather than stopped."""
-    fixed = _compiled_fields(config)
-    held_out = None if config.eval_data is None else _open_data(config, config.eval_data, tokenizer)
+    piece = timeline.piece_size(config)
+    held_out = None if config.eval_data is None else _open_data(config, config.eval_data, tokenizer, config.batch_size)
     eval_start = None if held_out is None else held_out.get_state()
     tokens, metrics, step = 0, None, int(state.step)
     saved = checkpoints.latest
@@ -184,13 +202,14 @@ def _run(
         if time.monotonic() > deadline:
             reporter.say(f"{config.max_minutes:g} minutes are over after {step} of {config.steps} steps")
             break
-        batch = next(data, None)
+        now = timeline.at(config, step)
+        batch = _next_batch(data, now.batch_size // piece)
         if batch is None:
             reporter.say(f"the data end after {step} of {config.steps} steps")
             break
         if metrics is not None:
             metrics["loss"].block_until_ready()  # one step ahead of the device, no more: a stop should act soon
-        state, metrics = _step(state, batch, config=fixed)
+        state, metrics = _step(state, batch, config=_compiled_fields(now))
         step += 1
         tokens += int(np.count_nonzero(batch["segment_ids"]))
         reporter.advance(step)
@@ -213,6 +232,15 @@ def _run(
     return state, not stop.is_set() or step >= config.steps
 
 
+def _next_batch(data: Iterator[Batch], pieces: int) -> Batch | None:
+    """The next `pieces` of the data as one batch; None where they end before."""
+    parts = [part for _, part in zip(range(pieces), data)]
+    if len(parts) < pieces:
+        return None
+    return parts[0] if pieces == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.lru_cache
 def _compiled_fields(config: TrainConfig) -> TrainConfig:
     """`config` without what the step does not depend on: a run in another folder needs no new compilation."""
     return TrainConfig(
@@ -224,10 +252,8 @@ def _compiled_fields(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _open_data(config: TrainConfig, data: DataConfig, tokenizer: Tokenizer | None) -> BatchIterator:
-    return build_data(
-        data, tokenizer, config.batch_size, config.seq_len, config.seed, vocab_size=config.model.vocab_size
-    )
+def _open_data(config: TrainConfig, data: DataConfig, tokenizer: Tokenizer | None, batch_size: int) -> BatchIterator:
+    return build_data(data, tokenizer, batch_size, config.seq_len, config.seed, vocab_size=config.model.vocab_size)
 
 
 def _with_tokens_of(tokenizer: Tokenizer | None, config: TrainConfig) -> TrainConfig:

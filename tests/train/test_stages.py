@@ -1,0 +1,204 @@
+"""A chain of stages trains as one run would, whatever interrupts it, and says what is wrong with a recipe."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from glm45_jax.cli import main
+from glm45_jax.data import build_data
+from glm45_jax.errors import UserError
+from glm45_jax.train import init_state, load_recipe, read_metrics, run_recipe, timeline, train_step
+from glm45_jax.train.config import to_tree
+from glm45_jax.train.stages import stages_from
+from tests.support import quick_jit
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CHAINS = sorted(p for p in RECIPES.rglob("*.yaml") if "stages:" in p.read_text())
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture
+def tree(run_config, corpus, tmp_path):
+    """Four steps in short rows with growing batches, three in other data, three in longer rows rotated more slowly."""
+    model = {**to_tree(run_config.model), "num_nextn_predict_layers": 0}
+    data = {"sources": [{"path": str(corpus)}]}
+    return {
+        "output_dir": str(tmp_path / "chain"), "model": model, "batch_size": 4, "accumulation": 2, "data": data,
+        "optimizer": {"learning_rate": 0.01, "min_learning_rate": 0.001, "warmup_tokens": 64},
+        "log_every": 1, "save_every": 2, "keep": 2, "tensorboard": False,
+        "stages": [
+            {"name": "start", "tokens": 192, "seq_len": 16, "batch_warmup": {"start": 2, "tokens": 64, "sizes": 1}},
+            {"name": "more", "steps": 3, "seq_len": 16, "data": {**data, "shuffle": False}, "mtp_loss_weight": 0.1},
+            {"name": "long", "steps": 3, "seq_len": 32, "model": {"rope_theta": 1e6}, "batch_size": 2, "accumulation": 1},
+        ],
+    }  # fmt: skip
+
+
+def test_places_in_the_chain(tree):
+    start, more, long = (stage.config for stage in stages_from(tree))
+    # two steps of 2 x 16 tokens, two of 4 x 16
+    assert (start.first_step, start.steps, more.first_step, more.steps, long.steps) == (0, 4, 4, 7, 10)
+    assert (more.first_tokens, long.first_tokens) == (192, 192 + 3 * 64)
+    assert [c.optimizer.decay_tokens for c in (start, more, long)] == [192 + 192 + 3 * 64] * 3
+    assert (start.continue_from, more.continue_from, long.continue_from) == (None, start.output_dir, more.output_dir)
+    assert (start.model.rope_theta, long.model.rope_theta) == (1e4, 1e6)
+    assert more.batch_warmup is None and more.mtp_loss_weight == 0.1 and long.mtp_loss_weight == 0.3
+    assert str(start.output_dir).endswith("chain/00-start") and str(long.output_dir).endswith("chain/02-long")
+    rates = [float(timeline.learning_rate(c)(s)) for c in (start, more, long) for s in (c.first_step, c.steps)]
+    np.testing.assert_allclose(rates[1::2][:2], rates[2::2], rtol=1e-6, err_msg="no jump from stage to stage")
+    np.testing.assert_allclose(rates[-1], 0.001, rtol=1e-5)
+
+
+def test_a_fresh_stage_begins_a_schedule_of_its_own(tree):
+    tree["stages"][2] |= {"fresh": True}
+    start, more, long = (stage.config for stage in stages_from(tree))
+    assert (long.first_step, long.steps, long.first_tokens, long.continue_from) == (0, 3, 0, None)
+    assert long.init_from == f"{more.output_dir}/model"
+    assert [c.optimizer.decay_tokens for c in (start, more, long)] == [384, 384, 192]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_chain_is_its_steps_one_after_another(tree):
+    """Against the stages done by hand: one state, all the way; parameters, momentum and schedule go on."""
+    stages = stages_from(tree)
+    result = run_recipe(stages)
+    assert result.finished and int(result.state.step) == 10
+
+    config = stages[0].config
+    state, step = quick_jit(functools.partial(init_state, config))(), quick_jit(train_step, static_argnames="config")
+    for stage in stages:
+        config = stage.config
+        data = build_data(config.data, None, timeline.piece_size(config), config.seq_len, config.seed, vocab_size=320)
+        for number in range(config.first_step, config.steps):
+            now = timeline.at(config, number)
+            parts = [next(data) for _ in range(now.batch_size // timeline.piece_size(config))]
+            batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            state, _ = step(state, batch, config=now)
+        data.close()
+    # compiled as another program, so not to the last bit
+    want, got = jax.tree.leaves(state.params), jax.tree.leaves(result.params)
+    for a, b in zip(want, got):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    counts = [x for x in jax.tree.leaves(result.state.opt_state) if x.dtype == np.int32]
+    assert counts and all(int(count) == 10 for count in counts)
+    rows = [m for stage in stages for m in read_metrics(str(stage.config.output_dir))]
+    assert [m["step"] for m in rows] == list(range(1, 11))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_chain_that_is_interrupted_ends_the_same(tree, tmp_path):
+    digest = run_recipe(stages_from(tree)).digest()
+    stages = stages_from({**tree, "output_dir": str(tmp_path / "interrupted")})
+    seen = []
+
+    def crash(step, _, at):
+        seen.append(step)
+        if step == at:
+            raise Crash
+
+    for at in (3, 6, 9):  # in every stage
+        with pytest.raises(Crash):
+            run_recipe(stages, on_metrics=functools.partial(crash, at=at))
+    result = run_recipe(stages, on_metrics=functools.partial(crash, at=None))
+    assert result.digest() == digest
+    assert seen == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10], "from the newest checkpoint of the stage at hand"
+    assert run_recipe(stages, on_metrics=functools.partial(crash, at=11)).digest() == digest
+    assert len(seen) == 13, "a finished chain is only told"
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_stage_alone(tree):
+    stages = stages_from(tree)
+    with pytest.raises(UserError, match="that run has no checkpoints"):
+        run_recipe(stages, only="more")
+    run_recipe(stages, only="start")
+    assert int(run_recipe(stages, only="more").state.step) == 7
+    assert not Path(str(stages[2].config.output_dir)).exists()
+    with pytest.raises(UserError, match=r"no stage is called 'mor'; there are start, more, long"):
+        run_recipe(stages, only="mor")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stage_whose_data_end_early_is_not_passed_over(tree, corpus):
+    tree["stages"][0] |= {"tokens": 1_000_000, "data": {"sources": [{"path": str(corpus)}], "epochs": 1}}
+    with pytest.raises(UserError, match="did its data or its time end early"):
+        run_recipe(stages_from(tree))
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_models_are_still_refused(tree):
+    tree["stages"][1]["model"] = {"routed_scaling_factor": 1.0}
+    with pytest.raises(UserError, match="routed_scaling_factor"):
+        run_recipe(stages_from(tree))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_first_stages_tokenizer_is_everyones(tree, tmp_path):
+    texts = [tmp_path / name for name in ("a.txt", "b.txt")]
+    texts[0].write_text("the cat sat on the mat, the dog on the log. 123\n" * 40)
+    texts[1].write_text("zzz yyy xxx\n" * 100)
+    tree["data"] = {"sources": [{"path": str(texts[0])}]}
+    tree["stages"] = tree["stages"][:2]
+    tree["stages"][1]["data"] = {"sources": [{"path": str(texts[1])}]}
+    stages = stages_from(tree)
+    result = run_recipe(stages)
+    assert result.tokenizer is not None
+    assert len(result.tokenizer.encode(" cat")) == 1 and len(result.tokenizer.encode(" yyy")) > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("stages",), [], "must be a list of stages"),
+        (("stages", 0, "tokns"), 5, "stage 'start'.*unknown key 'tokns'; did you mean 'tokens'"),
+        (("stages", 1, "tokens"), 5, "stage 'more'.*either as tokens or as steps"),
+        (("stages", 1, "name"), "start", "names"),
+        (("stages", 1, "steps"), "many", "expected a number"),
+        (("stages", 1, "continue_from"), "x", "unknown key 'continue_from'"),
+        (("stages", 1, "init_from"), "x", "init_from is for the first stage"),
+        (("stages", 2, "seq_len"), 10_000, "stage 'long'.*max_position_embeddings"),
+        (("steps",), 5, "cannot be common"),
+        (("output_dir",), None, "output_dir"),
+        (("optimiser",), {}, "unknown key 'optimiser'; did you mean 'optimizer'"),
+    ],
+)
+def test_recipes_that_cannot_be(tree, path, value, message):
+    *parents, last = path
+    node = tree
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    with pytest.raises(UserError, match=message):
+        stages_from(tree)
+
+
+@pytest.mark.parametrize("recipe", CHAINS, ids=lambda p: str(p.relative_to(RECIPES)))
+def test_every_recipe_is_valid(recipe):
+    stages = load_recipe(recipe)
+    assert len(stages) >= 2 and stages[0].config.first_step == 0
+    for before, stage in zip(stages, stages[1:]):
+        assert stage.config.continue_from == before.config.output_dir or stage.config.init_from
+
+
+@pytest.mark.usefixtures("quick")
+def test_command(tree, tmp_path, capsys):
+    file = tmp_path / "chain.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert main(["train", "--recipe", str(file), "stages.2.steps=1", "--show"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["long"]["steps"] == 8
+    assert main(["train", str(file), "--stage", "more", "log_every=2", "--show"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["first_step"] == 4
+    assert main(["train", str(file), "--stage", "none"]) == 2
+    assert main(["train", str(file), "stages.2.steps=1", "--digest"]) == 0
+    digest = capsys.readouterr().out.strip()
+    assert digest == run_recipe(load_recipe(file, ["stages.2.steps=1"])).digest() and digest.startswith("xxh3:")
