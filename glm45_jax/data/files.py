@@ -114,6 +114,8 @@ def _remote(path: str) -> tuple[list[File], bool]:
             found = {inside: system.info(inside)}
         else:
             found = {name: info for name, info in system.glob(inside, detail=True).items() if info["type"] == "file"}
+            if "/." not in inside:  # as local globs do
+                found = {name: info for name, info in found.items() if "/." not in name}
     except ImportError as error:
         raise UserError(
             f"data source {path}: reading it needs the data extra: pip install 'glm45-jax[data]' ({error})"

@@ -40,7 +40,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers with equal ids."""
     digest = xxhash.xxh3_64()
     for token, id_ in sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items()):
-        digest.update(f"{id_} {token}\0")
+        digest.update(f"{id_} {token}\0".encode())
     return f"xxh3:{digest.hexdigest()}"
 
 
