@@ -80,6 +80,29 @@ def test_array_records(tmp_path):
         records[1]
 
 
+def test_a_damaged_array_record_chunk_costs_its_records_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    want = [rng.integers(0, 2**31, 200) for _ in range(100)]
+    path = tmp_path / "a.array_record"
+    write_array_record(path, [tokens.astype("<i4").tobytes() for tokens in want])
+    raw = bytearray(path.read_bytes())
+    middle = raw.index(want[50].astype("<i4").tobytes()[:8])
+    raw[middle : middle + 100] = bytes(100)
+    path.write_bytes(raw)
+    records = source(path, record="int32")
+    damaged = []
+    for i, tokens in enumerate(want):
+        try:
+            np.testing.assert_array_equal(records[i]["tokens"], tokens)
+        except RecordError as error:
+            assert error.reason == "unreadable" and "Corrupted" in str(error)
+            damaged.append(i)
+    assert 50 in damaged and len(damaged) <= 2
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match="not readable as ArrayRecord"):
+        source(path)
+
+
 def test_directories_and_globs(tmp_path):
     (tmp_path / "deep" / ".hidden").mkdir(parents=True)
     for name in ("b.txt", "deep/a.txt", "deep/.dot.txt", "deep/.hidden/c.txt"):
