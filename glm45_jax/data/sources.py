@@ -44,7 +44,7 @@ class Source(Protocol):
     """Records by number, those of one file after those of another."""
 
     files: list[File]
-    ends: Sequence[int]  # of each file, the number of the first record behind it
+    ends: list[int]  # of each file, the number of the first record behind it
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...

@@ -223,7 +223,7 @@ def _run(
     before = total - sum(job.count for job in jobs)
     show = progress or (lambda done, total: None)
     show(before, total)
-    processes = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    processes = min(workers or _processors(), len(jobs))
     if processes <= 1:
         tokenizer, seen = Tokenizer.load(settings.tokenizer), [before]
 
@@ -248,6 +248,11 @@ def _run(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _processors() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(settings: Settings, folder: Path, counter: Any) -> None:

@@ -37,8 +37,9 @@ def test_forms(tokenizer, suffix_first):
 
 
 def test_control_tokens_in_the_text_stay_text(tokenizer):
-    ids = Cuts(0.2, 0.6, False).encode(f"a {MIDDLE} b {EOS} c", tokenizer)
-    assert ids.count(tokenizer.token_id(MIDDLE)) == 1 and tokenizer.token_id(EOS) not in ids
+    for cuts in (Cuts(0, 0, False), Cuts(0, 0.99999, False), Cuts(0.99999, 0.99999, True)):  # all in one part
+        ids = cuts.encode(f"a {MIDDLE} b {EOS} c", tokenizer)
+        assert ids.count(tokenizer.token_id(MIDDLE)) == 1 and tokenizer.token_id(EOS) not in ids
 
 
 def test_every_place_can_be_cut():

@@ -20,7 +20,10 @@ CHATS = [
     [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}],
     [{"role": "user", "content": "q"}, CALL, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3"}],
 ]
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "d"}}]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}}
+    for name in "fg"
+]
 
 
 def write(path, columns, rows_per_group=10, **kwargs):

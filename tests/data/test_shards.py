@@ -175,6 +175,18 @@ def test_processes_that_end_before_others(tmp_path):
     assert first.next_batch() is None
 
 
+def test_back_from_the_end(tmp_path):
+    """As evaluation does, which begins again at the same place."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"tokens": [i] * 8}) + "\n" for i in range(1, 9)))
+    config = DataConfig(sources=(SourceConfig(path=(str(tmp_path / "a.jsonl"),)),), epochs=1)
+    data = build_data(config, None, 2, 8, vocab_size=9)
+    next(data)
+    state, rest = data.get_state(), list(data)
+    data.set_state(state)
+    assert len(rest) == 3
+    assert_equal(rest, list(data))
+
+
 def test_sources_keep_their_shares_in_every_batch_and_every_shard():
     for shards, weights in itertools.product((1, 8, 13, 55, 64), ([1, 1], [0.7, 0.2, 0.1], [1, 63], [1, 64])):
         shares = cumulative_shares(weights)
@@ -188,6 +200,8 @@ def test_sources_keep_their_shares_in_every_batch_and_every_shard():
             per_batch, per_shard = np.mean(picks == i, axis=1), np.mean(picks == i, axis=0)
             assert np.abs(per_batch - share).max() <= 2.5 / shards, "a batch has each source's share, within two rows"
             assert np.abs(per_shard - share).max() < 0.1, "and so has each shard in the long run"
+            window = np.lib.stride_tricks.sliding_window_view(picks == i, 64, axis=0).mean(-1)
+            assert np.abs(window - share).max() < 0.4, "no shard is without a source for long"
 
 
 def test_numbers_of_shards():

@@ -154,6 +154,7 @@ def test_command(corpus, tokenizer_dir, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_killed_with_workers_and_continued(tokenizer_dir, tmp_path):
     """SIGKILL in the midst of two workers' jobs: the workers end too, and the same command ends with the same bytes."""
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": "hello world, 1+1? " * 60}) + "\n") * 900)
