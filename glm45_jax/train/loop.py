@@ -225,8 +225,9 @@ def _run(
         if step % config.save_every == 0:
             checkpoints.save(state, data.get_state(), config.model)
             saved = step
-    if data.skipped:
-        reporter.say(f"{data.skipped} unusable records were left out")
+    for name, passes in data.epochs().items():
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in data.skipped_by_source()[name].items())
+        reporter.say(f"{name}: read {passes:.2f} times" + (f"; records left out: {left_out}" if left_out else ""))
     if saved != step and step:
         checkpoints.save(state, data.get_state(), config.model)
     return state, not stop.is_set() or step >= config.steps
