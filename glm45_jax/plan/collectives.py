@@ -118,6 +118,8 @@ def collectives(program: Program, mesh: Any) -> list[Collective]:
     found = []
     for computation, instruction, times in program.executed():
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # a TPU's: a fusion of an all-reduce and of the part that is kept
         if kind in KINDS:
             found.append(_collective(kind, computation, instruction, times, sizes, program.partitions))
     return found
