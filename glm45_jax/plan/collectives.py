@@ -10,7 +10,7 @@ Bytes are those of the usual algorithms, n devices along one axis, P bytes held 
   all-reduce            both, one after the other
   all-to-all            on a ring each piece goes the shorter way, through d - 1 others where it is d away:
                         P/n times the sum of distances, which is P floor(n^2/4) / n. Through a switch: P (n - 1) / n
-  ragged-all-to-all     as all-to-all, of the whole static buffer: an upper bound
+  ragged-all-to-all     as all-to-all, of what is sent or what it lands in, whichever is less: the rows that there are
   collective-permute    P times the mean distance around the ring
 
 Over several axes at once a gather goes axis by axis, the last one first (the pieces grow from axis to axis), a
@@ -140,8 +140,9 @@ def _collective(
     kind: str, computation: Computation, it: Instruction, times: float, sizes: dict[str, int], devices: int
 ) -> Collective:
     source = re.search(r'op_name="([^"]*)"', it.attributes)
-    operands = it.operands[:1] if kind == "ragged-all-to-all" else it.operands
-    nbytes = sum(array_bytes(computation.instructions[o].type) for o in operands)
+    each = [array_bytes(computation.instructions[o].type) for o in it.operands]
+    # what is sent and what it lands in: one of the two is a buffer of the worst case, the other the rows that there are
+    nbytes = min(each[:2]) if kind == "ragged-all-to-all" else sum(each)
     told = (nbytes, times, it.name, source[1] if source else "")
     if kind == "collective-permute":
         pairs = parse_pairs(_groups_text(it, "source_target_pairs"))

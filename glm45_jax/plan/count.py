@@ -9,8 +9,8 @@ pad is. What steers them must be known; where it depends on data, this is assume
   loops         each round as the first; rounds of a scan are in the program, of a `while` read off its condition
   branches      one whose condition is not known counts as its dearest branch
 
-Inside `shard_map` shapes are one device's. Outside, where XLA divides the work, its figures are divided by the number of
-devices: work that XLA does on several devices over again is not seen here, but in the compiled program's memory.
+Inside `shard_map` shapes are one device's. Outside, where XLA divides the work, figures are divided by the number of
+devices: work that XLA does on several devices over again is seen in the compiled program alone (`hlo_cost.py`).
 """
 
 from __future__ import annotations
@@ -159,9 +159,10 @@ class _Count(ProgramWalk):
 
     def _scan(self, eqn: Any, args: list[Any]) -> list[Any]:
         """One round, as the first, for all."""
-        if known(*args):  # of what steers the kernels
-            return self._opaque(eqn, args)
         p = eqn.params
+        if known(*args):  # of what steers the kernels: evaluated, round by round
+            self._interesting[id(p["jaxpr"])] = (p["jaxpr"], True)
+            return super()._scan(eqn, args)
         consts, carry = _scan_parts(p)
         first = consts + carry
         at = p["length"] - 1 if p["reverse"] else 0
@@ -174,9 +175,10 @@ class _Count(ProgramWalk):
         return [*(UNKNOWN for _ in out[:carry]), *stacks]
 
     def _while(self, eqn: Any, args: list[Any]) -> list[Any]:
-        if known(*args):
-            return self._opaque(eqn, args)
         p = eqn.params
+        if known(*args):
+            self._interesting[id(p["body_jaxpr"])] = (p["body_jaxpr"], True)
+            return super()._while(eqn, args)
         first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         rounds = _rounds(p, args[:first], args[second:])
         if rounds is None:

@@ -85,6 +85,15 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.root)
 
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Of each instruction, those that take its result."""
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                found.setdefault(name, []).append(instruction)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -95,22 +104,25 @@ class Program:
     partitions: int
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
 
-    def executed(self) -> Iterator[tuple[Computation, Instruction, float]]:
+    def executed(self, fusions: bool = True) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction with how often it runs; one computation called twice comes twice.
 
         Of a conditional's branches all come, as if each were taken.
-        """
-        yield from self._run(_Context(self.computations[self.entry], None, None), 1.0)
 
-    def _run(self, context: _Context, times: float) -> Iterator[tuple[Computation, Instruction, float]]:
+        Args:
+          fusions: what stands inside of them too.
+        """
+        yield from self._run(_Context(self.computations[self.entry], None, None), 1.0, fusions)
+
+    def _run(self, context: _Context, times: float, fusions: bool) -> Iterator[tuple[Computation, Instruction, float]]:
         for instruction in context.computation.instructions.values():
             yield context.computation, instruction, times
             inside = times
             if instruction.opcode == "while":
                 inside = times * self.trip_count(instruction, context)
-            for name in instruction.called:
+            for name in instruction.called if fusions or instruction.opcode != "fusion" else ():
                 if name in self.computations:
-                    yield from self._run(_Context(self.computations[name], context, instruction), inside)
+                    yield from self._run(_Context(self.computations[name], context, instruction), inside, fusions)
 
     # --- loops -------------------------------------------------------------------------------------------------------
 

@@ -21,10 +21,9 @@ from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.model import abstract_params, init_cache, param_shardings, prefill
 from glm45_jax.model.decode import decode_step
+from glm45_jax.parallel.local import BATCH_AXES
 from glm45_jax.train.config import TrainConfig
 from glm45_jax.train.step import init_state, train_step
-
-BATCH_AXES = ("data", "pipeline", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +105,8 @@ def prefill_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: i
 
 def decode_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int) -> Program:
     """`decode_step` of `batch_size` rows whose caches hold `seq_len` - 1 tokens of `seq_len` slots."""
-    params, cache, _ = _serving(config, mesh, batch_size, seq_len)
-    tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=_batch_sharding(mesh))
+    params, cache, rows = _serving(config, mesh, batch_size, seq_len)
+    tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
 
     def step(params: Any, cache: Any, tokens: Any) -> Any:
         return decode_step(params, config, cache, tokens)
@@ -123,20 +122,27 @@ def decode_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: in
 
 
 def _serving(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int) -> tuple[Any, Any, NamedSharding]:
-    _check_batch(batch_size, mesh)
-    shardings = param_shardings(config, mesh)
-    params = jax.tree.map(_placed, abstract_params(config), shardings)
-    cache = jax.eval_shape(lambda: init_cache(config, batch_size, seq_len))
-    cache = jax.tree.map(_placed, cache, _cache_shardings(cache, config, mesh))
-    return params, cache, _batch_sharding(mesh)
+    """Parameters, an empty cache [L, B, K, T, h] by rows and kv heads, and where an array [B, ...] of rows lies."""
+    params = jax.tree.map(_placed, abstract_params(config), param_shardings(config, mesh))
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        cache = jax.eval_shape(lambda: init_cache(config, batch_size, seq_len))
+    over_batch = dividing(batch_size, mesh)
+    heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
+    of_kv = NamedSharding(mesh, PartitionSpec(None, over_batch, heads))
+    rows = NamedSharding(mesh, PartitionSpec(over_batch))
+    cache = jax.tree.map(lambda x: _placed(x, of_kv if len(x.shape) == 5 else rows), cache)
+    return params, cache, rows
 
 
-def _cache_shardings(cache: Any, config: ModelConfig, mesh: Mesh) -> Any:
-    """Keys and values [L, B, K, T, h] by row and, where they divide, by kv head; what is one a row by row."""
-    heads = "tensor" if config.num_key_value_heads % mesh.shape["tensor"] == 0 else None
-    rows = _axes_of(mesh, BATCH_AXES)
-    spec = lambda x: PartitionSpec(None, rows, heads) if len(x.shape) == 5 else PartitionSpec(rows)  # noqa: E731
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), cache)
+def dividing(batch_size: int, mesh: Any) -> tuple[str, ...]:
+    """The batch axes that cut a batch of serving: each must divide what those before it leave."""
+    axes = []
+    for name in BATCH_AXES:
+        size = mesh.shape.get(name, 1)
+        if size > 1 and batch_size % size == 0:
+            axes.append(name)
+            batch_size //= size
+    return tuple(axes)
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

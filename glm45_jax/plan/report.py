@@ -28,6 +28,7 @@ from glm45_jax.parallel import AXES, MeshConfig
 from glm45_jax.plan.build import Built, build
 from glm45_jax.plan.collectives import Collective, collectives, sent_bytes
 from glm45_jax.plan.count import Counts, count
+from glm45_jax.plan.hlo_cost import matrix_flops, memory_bytes
 from glm45_jax.plan.programs import Program, bytes_per_device, steering_values
 from glm45_jax.plan.slices import Slice, axis_speeds, mesh_of, parse_slice, resolved
 
@@ -61,8 +62,11 @@ class Plan:
 
     Attributes:
       batch: sequences of a step, all devices together.
-      flops: of matrix products as they run, what is recomputed and padded included.
-      bytes: of main memory read and written.
+      flops: of matrix products as they run, what is recomputed and padded included: the kernels' from the jaxpr, XLA's
+        own from the compiled program, without one from the jaxpr too.
+      bytes: of main memory read and written; from the same places.
+      jaxpr_flops, jaxpr_bytes: all of it from the jaxpr. FLOPs differ from `flops` by what XLA does on several devices
+        over again, or does not do after all; these bytes are a rough estimate.
       kernels: calls, FLOPs and bytes by kernel.
       collectives: how often each runs, by "kind axes".
     """
@@ -80,6 +84,8 @@ class Plan:
     fits: bool | None
     flops: float
     bytes: float
+    jaxpr_flops: float
+    jaxpr_bytes: float
     collective_bytes: dict[str, float] | None
     link_bytes_per_s: dict[str, float] | None
     chip_flops_per_s: float
@@ -170,6 +176,10 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
     found = collectives(built.hlo, mesh) if built and built.hlo else None
     speeds = axis_speeds(where, mesh) if compiled else None
     memory = _memory(program, where, built, counts)
+    # what is compiled is what runs; kernels are opaque to the compiler, and the walk knows them
+    xla_flops, xla_bytes = counts.xla_flops, counts.xla_bytes
+    if built and built.hlo:
+        xla_flops, xla_bytes = matrix_flops(built.hlo), memory_bytes(built.hlo)
     notes = [*counts.notes, *(built.hlo.notes if built and built.hlo else ())]
     if built and built.hlo is None:
         notes.append("it does not fit: no program, so no collectives in the figures")
@@ -187,8 +197,10 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
         seq_len=job.seq_len,
         memory=memory,
         fits=None if memory.peak is None else memory.peak <= memory.limit,
-        flops=counts.flops,
-        bytes=counts.bytes,
+        flops=xla_flops + counts.kernel_flops,
+        bytes=xla_bytes + counts.kernel_bytes,
+        jaxpr_flops=counts.flops,
+        jaxpr_bytes=counts.bytes,
         collective_bytes=None if found is None else sent_bytes(found, mesh, network),
         link_bytes_per_s=speeds,
         chip_flops_per_s=where.chip.bf16_flops_per_s * per_chip,

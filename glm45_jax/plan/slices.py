@@ -1,11 +1,11 @@
 """Slices by name: how many devices, how much memory, and how fast each mesh axis is.
 
-`v5p:8x8x4` is a TPU slice by its topology, as libtpu names it; `h100:64` so many GPUs, eight to a host. A JAX device is
-a chip, but for tpu7x, whose chips are two devices: `v5e`, `v5p`, `v6e` figures here are a chip's, `tpu7x` half a chip's.
+`v5p:8x8x4` is a TPU slice by its topology, as libtpu names it; `h100:64` so many GPUs, eight to a host. A JAX device
+is a chip, but for tpu7x, whose chips are two devices: figures here are a chip's, of tpu7x half a chip's.
 
 Sources: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} for memory and "bidirectional ICI bandwidth per chip", which is
-divided by the chip's links (four in a 2D, six in a 3D torus) and by two directions; NVIDIA's H100 SXM data sheet and the
-DGX H100 guide for NVLink (900 GB/s, both directions) and one 400 Gb/s adapter for each GPU.
+divided by the chip's links (four in a 2D, six in a 3D torus) and by two directions; NVIDIA's H100 SXM data sheet and
+the DGX H100 guide for NVLink (900 GB/s, both directions) and one 400 Gb/s adapter for each GPU.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Hardware:
     network_bytes_per_s: float = 0
 
 
-# v5e and v6e are rings along a whole pod's 16 alone; v5p and tpu7x are wired in cubes of 4 x 4 x 4, rings from there on.
-# The two halves of a tpu7x chip are connected six times as fast as a link.
+# v5e and v6e are rings along a whole pod's 16 alone; v5p and tpu7x are wired in cubes of 4 x 4 x 4, rings from there
+# on. The two halves of a tpu7x chip are connected six times as fast as a link.
 HARDWARE = {
     "v5e": Hardware(16 * _GIB, 50e9, 2, wraps_at=16),
     "v6e": Hardware(32 * _GIB, 100e9, 2, wraps_at=16),
@@ -104,9 +104,12 @@ def parse_slice(name: str) -> Slice:
     """
     kind, _, sizes = name.partition(":")
     if kind not in HARDWARE:
-        raise UserError(f"slice {name!r}: no chip is called {kind!r}; there are {', '.join(HARDWARE)}, as in {EXAMPLES}")
+        raise UserError(
+            f"slice {name!r}: no chip is called {kind!r}; there are {', '.join(HARDWARE)}, as in {EXAMPLES}"
+        )
     hardware = HARDWARE[kind]
-    if not re.fullmatch(r"\d+(x\d+)*", sizes) or (dims := tuple(map(int, sizes.split("x")))) and 0 in dims:
+    dims = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"\d+(x\d+)*", sizes) else ()
+    if not all(dims) or not dims:
         raise UserError(f"slice {name!r}: sizes are missing, as in {EXAMPLES}")
     if len(dims) != (hardware.dimensions or 1):
         what = f"{hardware.dimensions} sizes, as {kind}:{'x'.join(['4'] * hardware.dimensions)}"
@@ -136,7 +139,9 @@ def devices_of(name: str) -> tuple[Any, ...]:
     except Exception as e:
         raise UserError(f"slice {name!r}: the compiler describes no such slice ({str(e).splitlines()[0][:200]})") from e
     if len(found.devices) != wanted.devices:
-        raise UserError(f"slice {name!r} has {len(found.devices)} devices for the compiler, {wanted.devices} were expected")
+        raise UserError(
+            f"slice {name!r} has {len(found.devices)} devices for the compiler, {wanted.devices} were expected"
+        )
     return tuple(found.devices)
 
 
