@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pty
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -308,10 +311,10 @@ def test_logs(cloud: Cloud) -> None:
     assert "--node is 2, but glm has 2 slice(s)" in cloud.run("logs", "--node", "2", code=1).stderr
     process = cloud.start("logs")
     assert process.stdout is not None
-    assert any("exit code 0" in line for line in process.stdout)  # it follows: the stream has not ended
-    process.kill()
-    process.wait()
-    subprocess.run(["pkill", "-f", "tail -n 100 -F glm45-runs/glm/log"], check=False)
+    assert any("exit code 0" in line for line in process.stdout)
+    assert process.poll() is None  # it follows
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=20)
 
 
 def test_logs_go_to_a_bucket(cloud: Cloud) -> None:
@@ -403,3 +406,33 @@ def test_help(cloud: Cloud, command: str) -> None:
     told = cloud.run(command, "--help").stdout
     assert f"bash scripts/tpu_vm/{command}.sh" in told and "--dry-run" in told and "#!" not in told
     assert cloud.calls() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed here")
+def test_the_real_gcloud_knows_these_calls(cloud: Cloud) -> None:
+    """Where it is installed: every call gets as far as the question who is logged in, and no further."""
+    rich = ["--node-count=4", "--capacity=spot", "--valid-until-duration=6h", "--network=n", "--subnetwork=s"]
+    runs = [
+        ["create", *rich, "--service-account=a@b", "--ssh=internal"],
+        ["create", "--accelerator-type=", "--type=v4", "--topology=2x2x4", "--capacity=reserved"],
+        *(["setup", "--ssh", ssh] for ssh in ("external", "internal", "iap")),
+        ["launch", *HARD],
+        ["status"],
+        ["logs"],
+        ["delete"],
+    ]
+    found = [call for run in runs for call in read_lines(cloud.run(run[0], "--dry-run", *run[1:]).stdout)]
+    # one of each form: the same words, but for the flags' values
+    calls = list({tuple(word.partition("=")[0] for word in call): call for call in found}.values())
+    environment = {
+        **os.environ,
+        "CLOUDSDK_CONFIG": str(cloud.cwd / "nobody"),
+        "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+    (cloud.cwd / "glm45-jax.tar.gz").touch()
+    for call in [["gcloud", "compute", "tpus", "queued-resources", "create", "glm", "--colour=red"], *calls]:
+        done = subprocess.run(call, env=environment, cwd=cloud.cwd, capture_output=True, text=True, timeout=60)
+        understood = "--colour=red" not in call
+        assert ("You do not currently have an active account" in done.stderr) == understood, (call, done.stderr)
