@@ -168,7 +168,7 @@ run_gcloud() {
     printf '\n'
     return
   fi
-  "${call[@]}" </dev/null # a loop's input is not for gcloud
+  "${call[@]}" </dev/null 8>&- # neither a loop's input nor the lock of resume.sh is for gcloud
 }
 
 # The slices' names, as gcloud makes them from --node-id and --node-prefix.
@@ -268,11 +268,17 @@ worker_command() {
   printf ' %q' "$@"
 }
 
+# Does something with worker.sh where there is one, and something else where nothing is set up.
+where_set_up() {
+  printf 'if [ -f %s/.venv/.ready ]; then %s; else %s; fi' "$REMOTE" "$1" "$2"
+}
+
 # A line `glm45-worker HOST STATE` for each worker. Fails if one does not answer.
 worker_states() {
   local out
-  out=$(on_all_workers "if [ -f $REMOTE/.venv/.ready ]; then $(worker_command status "$NAME"); \
-else echo glm45-worker \$(hostname) not-set-up; fi") || return 1
+  # shellcheck disable=SC2016 # the worker's name
+  out=$(on_all_workers "$(where_set_up "$(worker_command status "$NAME")" 'echo glm45-worker $(hostname) not-set-up')") ||
+    return 1
   grep '^glm45-worker ' <<<"$out" || {
     say "no worker told its state; gcloud said: $out"
     return 1

@@ -79,6 +79,8 @@ lost_node() {
 set_up_and_launch() {
   local arguments
   mapfile -d '' -t arguments <"$STATE/setup"
+  # A host that was repaired comes back empty, beside others that still wait for it.
+  on_all_workers "$(where_set_up "$(worker_command stop "$NAME")" true)" || true
   command_of setup "${arguments[@]}" || {
     count_failure "setup failed"
     return

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project in all workers of all slices, in ~/glm45-jax: this checkout as it is here (what git does not
-# ignore), or a commit of a repository. Needs a TPU that is ACTIVE. Run again after a change; what is installed stays.
+# ignore), or a commit of a repository. Needs a TPU that is ACTIVE, with no run on it. Run again after a change; what is
+# installed stays.
 #
 #   bash scripts/tpu_vm/setup.sh
 #   bash scripts/tpu_vm/setup.sh --git https://github.com/me/glm45-jax --ref my-branch
@@ -14,8 +15,9 @@ set -euo pipefail
 # shellcheck source=scripts/tpu_vm/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# All but the environment and the runs' folders is replaced, so that no file that is gone here stays there.
-clear_remote="mkdir -p $REMOTE && find $REMOTE -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} +"
+# All but the environment and the runs' folders is replaced, so that no file that is gone here stays there. Until the end
+# the worker counts as not set up.
+clear_remote="mkdir -p $REMOTE && rm -f $REMOTE/.venv/.ready && find $REMOTE -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} +"
 
 copy_checkout() {
   local folder=. archive="$REMOTE.tar.gz"
@@ -49,6 +51,13 @@ clone() {
     fail "$git at $ref was not cloned in every worker; a private repository needs a token in the URL"
 }
 
+# Modules that a run has yet to import would change under it.
+check_idle() {
+  local states
+  states=$(worker_states) || fail "not every worker answers; is $NAME ACTIVE? status.sh shows it"
+  ! grep -q ' running$' <<<"$states" || fail "a run is at work on $NAME. Stop it with stop.sh, or wait for its end"
+}
+
 git="" ref=main extras=tpu,data
 while (($#)); do
   case $1 in
@@ -62,6 +71,7 @@ done
 load_settings
 [[ $extras =~ ^[a-z,]+$ ]] || fail "--extras is '$extras'; it is names of pyproject.toml with commas, such as tpu,data"
 
+((DRY_RUN)) || check_idle
 if [[ -n $git ]]; then
   clone
 else

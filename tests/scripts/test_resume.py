@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.scripts.test_tpu_vm import HARD
 from tests.scripts.tpu_vm import SETTINGS, Cloud, wait_for
 
+REPLACED = ["delete", "create", *["stop"] * 2, *["setup"] * 2, *["start"] * 2]  # of two slices; none runs to be stopped
 QUICK = ("--poll", "0", "--max-pause", "0")
 
 
@@ -32,7 +34,7 @@ def test_a_preempted_tpu_is_replaced_and_the_same_command_launched(cloud: Cloud,
     process = watched(cloud)
     cloud.set_world(states=[state], behaviour="0", created=[["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]])
     told = end(process)
-    assert cloud.steps() == ["delete", "create", *["setup"] * 2, *["start"] * 2]
+    assert cloud.steps() == REPLACED
     assert remembered(cloud) == before
     for calls in cloud.glm45_calls().values():
         assert [(call["argv"], call["env"]["NOTE"]) for call in calls] == [(["train", *HARD], "a b")]
@@ -64,7 +66,7 @@ def test_a_slice_that_is_preempted_while_the_resource_is_active(cloud: Cloud) ->
     process = watched(cloud)
     cloud.set_world(nodes={"glm-0": "READY", "glm-1": "PREEMPTED"}, behaviour="0")
     assert "glm-1 is PREEMPTED" in end(process)
-    assert cloud.steps() == ["delete", "create", *["setup"] * 2, *["start"] * 2]
+    assert cloud.steps() == REPLACED
 
 
 def test_a_worker_that_does_not_answer_for_a_while_is_waited_for(cloud: Cloud) -> None:
@@ -101,6 +103,16 @@ def kill(cloud: Cloud, worker: str) -> None:
     """As the kernel does when memory is short."""
     pid = (cloud.stub / "hosts" / worker / "glm45-runs" / "glm" / "pid").read_text().strip()
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)
+
+
+def test_a_host_that_comes_back_empty_is_set_up(cloud: Cloud) -> None:
+    """As after a repair; the others are stopped first."""
+    cloud.launched()
+    kill(cloud, "glm.1")
+    shutil.rmtree(cloud.stub / "hosts" / "glm.1")
+    cloud.set_world(behaviour="0")
+    end(cloud.start("resume", *QUICK))
+    assert cloud.steps() == ["stop", "setup", "start"]
 
 
 def test_it_gives_up_on_a_run_that_always_crashes(cloud: Cloud) -> None:
@@ -173,7 +185,8 @@ def test_failures_on_the_way_are_tried_again(cloud: Cloud) -> None:
     told = end(cloud.start("resume", *QUICK))
     assert cloud.steps() == [
         *("delete", "delete", "create", "create"),
-        *("setup", "setup", "start", "stop", "start"),  # what was launched in part is stopped
+        *("stop", "setup", "stop", "setup"),  # should anything run there
+        *("start", "stop", "start"),  # what was launched in part is stopped
     ]
     for failed in ("could not be deleted", "the request failed", "setup failed", "launch failed"):
         assert failed in told

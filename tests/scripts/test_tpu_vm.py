@@ -189,7 +189,8 @@ def test_setup_calls(cloud: Cloud) -> None:
     cloud.run("create")
     cloud.forget_calls()
     cloud.run("setup", "--extras", "tpu,data,viz")
-    copy, unpack, install = cloud.calls()
+    look, copy, unpack, install = cloud.calls()
+    assert "worker.sh status glm" in look[6]
     assert copy[:4] == ["compute", "tpus", "tpu-vm", "scp"] and copy[4].endswith("/glm45-jax.tar.gz")
     assert copy[5:] == ["glm:", "--worker=all", "--quiet", *WHERE]
     for call in (unpack, install):
@@ -197,10 +198,23 @@ def test_setup_calls(cloud: Cloud) -> None:
     assert install[6] == r"--command=bash glm45-jax/scripts/tpu_vm/worker.sh install tpu\,data\,viz"
 
 
+def test_setup_leaves_a_run_alone(cloud: Cloud) -> None:
+    """Modules that it has yet to import would change under it."""
+    cloud.launched()
+    assert "a run is at work on glm" in cloud.run("setup", code=1).stderr
+    assert cloud.steps() == []
+
+
+def test_setup_before_the_tpu_is_there(cloud: Cloud) -> None:
+    cloud.run("create", "--no-wait")
+    cloud.set_world(nodes={"glm": "CREATING"})
+    assert "is glm ACTIVE?" in cloud.run("setup", code=1).stderr
+
+
 def test_setup_by_git(cloud: Cloud) -> None:
     """A commit is cloned on the workers; nothing is copied."""
     source = cloud.cwd / "a repository"
-    subprocess.run(["git", "clone", "-q", str(cloud.checkout), str(source)], check=True, capture_output=True)
+    shutil.copytree(cloud.checkout, source)
     git = ["git", "-C", str(source), "-c", "user.name=n", "-c", "user.email=e"]
     (source / "mark").write_text("from git")
     subprocess.run([*git, "add", "-A"], check=True)
@@ -211,6 +225,7 @@ def test_setup_by_git(cloud: Cloud) -> None:
     for worker in ("glm.0", "glm.1"):
         assert (cloud.stub / "hosts" / worker / "glm45-jax" / "mark").read_text() == "from git"
     assert "was not cloned in every worker" in cloud.run("setup", "--git", str(source), "--ref", "none", code=1).stderr
+    assert cloud.states() == ["not-set-up"] * 2  # though the environment is still there
 
 
 def test_setup_tells_which_slice_failed(cloud: Cloud) -> None:
