@@ -63,7 +63,10 @@ SETTINGS: dict[str, Any] = {
     "remat_policy": "full",
     "attention": "flash",
 }
-VARIANTS: dict[str, dict[str, Any]] = {"ragged-all-to-all": {}, "ring-of-experts": {"use_ring_of_experts": True}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ragged-all-to-all": {},
+    "ring-of-experts": {"use_ring_of_experts": True, "use_ragged_sort": True},
+}
 
 # In MaxText's environment: its own compilation, whose text is kept.
 DRIVER = """

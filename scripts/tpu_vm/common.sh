@@ -244,7 +244,8 @@ each_node() {
     wait "$pid" || failed+=" $node"
   done
   [[ -z $failed ]] || {
-    say "failed on:$failed (the lines above say why; several workers at once need the key: ssh-add ~/.ssh/google_compute_engine)"
+    say "failed on:$failed (the lines above say why; several workers at once need the key in the agent:" \
+      "ssh-add ~/.ssh/google_compute_engine)"
     return 1
   }
 }

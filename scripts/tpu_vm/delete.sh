@@ -13,7 +13,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ask() {
   local answer
   [[ -t 0 ]] || fail "nobody is there to ask whether to delete $NAME. Give --yes"
-  read -r -p "Delete $NAME ($NODE_COUNT slice(s) of ${ACCELERATOR_TYPE:-$TYPE $TOPOLOGY}, $PROJECT, $ZONE), with the workers' disks? [y/N] " answer
+  printf "Delete %s (%s slice(s) of %s, %s, %s), with the workers' disks? [y/N] " \
+    "$NAME" "$NODE_COUNT" "${ACCELERATOR_TYPE:-$TYPE $TOPOLOGY}" "$PROJECT" "$ZONE" >&2
+  read -r answer
   [[ $answer == [yY]* ]] || fail "nothing was deleted"
 }
 

@@ -64,7 +64,10 @@ load_settings
 check_config "$1"
 warn_of_local_output "$@"
 
-((DRY_RUN)) || check_free
+((DRY_RUN)) || {
+  check_free
+  rm -f "$STATE/stopped" # of an earlier run; a stop.sh from now on counts
+}
 if ! on_all_workers "$(worker_command start "$NAME" "${options[@]}" -- .venv/bin/glm45 train "$@")"; then
   # A run in some of the workers would wait for the others until it times out.
   on_all_workers "$(worker_command stop "$NAME")" || true
@@ -72,7 +75,4 @@ if ! on_all_workers "$(worker_command start "$NAME" "${options[@]}" -- .venv/bin
 fi
 [[ -f $STATE/tpu.env ]] || remember_settings # of a TPU that another machine created
 remember launch "${options[@]}" "$@"
-((DRY_RUN)) || {
-  rm -f "$STATE/stopped"
-  say "$NAME runs; follow it with logs.sh, keep it running through preemptions with resume.sh"
-}
+((DRY_RUN)) || say "$NAME runs; follow it with logs.sh, keep it running through preemptions with resume.sh"

@@ -34,7 +34,8 @@ command_of() {
 count_failure() {
   failures=$((failures + 1)) healthy_since=""
   ((failures < max_failures)) ||
-    fail "$NAME failed $failures times with no healthy run between: $*. logs.sh shows what the workers say; mended, run resume.sh again"
+    fail "$NAME failed $failures times with no healthy run between: $*. logs.sh shows what the workers say; mended, \
+run resume.sh again"
   tell "$* (failure $failures of $max_failures); waiting $pause s"
   sleep "$pause"
   pause=$((pause * 2 > max_pause ? max_pause : pause * 2))
@@ -90,7 +91,7 @@ set_up_and_launch() {
 
 launch_again() {
   local arguments
-  [[ -f $STATE/launch ]] || return 0
+  [[ -f $STATE/launch && ! -f $STATE/stopped ]] || return 0 # delete.sh or stop.sh has been here
   mapfile -d '' -t arguments <"$STATE/launch"
   tell "launching: ${arguments[*]@Q}"
   command_of launch --restart "${arguments[@]}" || count_failure "launch failed"
@@ -98,7 +99,7 @@ launch_again() {
 
 # One look at the workers of an ACTIVE resource.
 attend_workers() {
-  local states lost
+  local states lost ended
   if ! states=$(worker_states); then
     if lost=$(lost_node); then
       replace "$lost"
@@ -118,7 +119,8 @@ attend_workers() {
   elif [[ -f $STATE/stopped ]]; then
     sleep "$poll" # stop.sh is at work
   else
-    count_failure "the run ended in some workers ($(grep -oE '(exited [1-9][0-9]*|lost|idle)$' <<<"$states" | sort | uniq -c | xargs))"
+    ended=$(grep -oE '(exited [1-9][0-9]*|lost|idle)$' <<<"$states" | sort | uniq -c | xargs)
+    count_failure "the run ended in some workers ($ended)"
     launch_again
   fi
 }

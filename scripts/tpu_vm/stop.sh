@@ -13,4 +13,5 @@ while (($#)); do
 done
 load_settings
 remember stopped "$(date)" # before the run ends, so that resume.sh does not take its end for a failure
-on_all_workers "$(worker_command stop "$NAME")" || fail "the run could not be stopped in every worker; status.sh shows more"
+on_all_workers "$(worker_command stop "$NAME")" ||
+  fail "the run could not be stopped in every worker; status.sh shows more"
