@@ -23,7 +23,7 @@ from rich.console import Console
 
 from glm45_jax.errors import UserError
 from glm45_jax.train import timeline
-from glm45_jax.train.config import TrainConfig, check_keys, model_from, read_tree, train_config_from
+from glm45_jax.train.config import TrainConfig, check_keys, model_from, read_tree, to_tree, train_config_from
 from glm45_jax.train.loop import OnMetrics, TrainResult, train
 
 _DONE = "finished.json"
@@ -93,7 +93,7 @@ def _with_whole_model(common: dict[str, Any], first: Mapping[str, Any], where: s
     init_from = first.get("init_from", common.get("init_from"))
     if common.get("model") is None and init_from is None:
         return common
-    return {**common, "model": dataclasses.asdict(model_from(common.get("model"), init_from, where))}
+    return {**common, "model": to_tree(model_from(common.get("model"), init_from, where))}
 
 
 def _stage(common: Mapping[str, Any], stage: Mapping[str, Any], folder: str, before: Stage | None, where: str) -> Stage:
@@ -104,12 +104,11 @@ def _stage(common: Mapping[str, Any], stage: Mapping[str, Any], folder: str, bef
     for key in _LAID_OVER:
         if key in common and key in own and "preset" not in (own_fields := _fields(own[key])):
             tree[key] = {**_fields(common[key]), **own_fields}
-    name = str(stage["name"])
+    name, init_from = str(stage["name"]), tree.pop("init_from", None)  # the model is whole already
     if before is None:
-        return Stage(name, _of_length(tree, stage, where))
+        return Stage(name, _of_length(tree, stage, where).replace(init_from=init_from))
     if "init_from" in stage:
         raise UserError(f"{where}: init_from is for the first stage; later ones start from the one before")
-    tree.pop("init_from", None)
     if "batch_warmup" not in own:
         tree.pop("batch_warmup", None)  # it grows once; later stages have the size that it grew to
     follow = before.config

@@ -19,10 +19,10 @@ from glm45_jax.parallel import device_in_force
 from glm45_jax.train import load_recipe, params_digest, read_metrics, run_recipe, timeline
 from glm45_jax.train.config import to_tree
 from glm45_jax.train.loop import _compiled_fields
-from glm45_jax.train.stages import stages_from
+from glm45_jax.train.stages import is_recipe, stages_from
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CHAINS = sorted(p for p in RECIPES.rglob("*.yaml") if "stages:" in p.read_text())
+CHAINS = [p for p in sorted(RECIPES.rglob("*.yaml")) if is_recipe(p)]
 
 
 class Crash(Exception):
@@ -198,6 +198,34 @@ def test_every_recipe_is_valid(recipe):
     assert len(stages) >= 2 and stages[0].config.first_step == 0
     for before, stage in itertools.pairwise(stages):
         assert stage.config.continue_from == before.config.output_dir or stage.config.init_from
+
+
+@pytest.mark.parametrize("name", ["glm-4.5", "glm-4.5-air"])
+def test_the_papers_recipe(name):
+    """arXiv 2508.06471, section 2: lengths, rows, batches, RoPE base, rates and weights."""
+    stages = load_recipe(RECIPES / name / "pretrain.yaml")
+    configs = [stage.config for stage in stages]
+    lengths = [15e12, 7e12, 5e11, 5e11, 1e11]
+    np.testing.assert_allclose([stage.tokens for stage in stages], lengths, rtol=1e-3)
+    assert [c.seq_len for c in configs] == [4096, 4096, 32768, 32768, 131072]
+    assert [c.model.rope_theta for c in configs] == [1e4, 1e4, 1e6, 1e6, 1e6]
+    assert [c.data.sources[0].packing for c in configs] == ["concat"] * 2 + ["best_fit"] * 3
+    size = lambda c, step: timeline.batch_size_at(c, step) * c.seq_len  # noqa: E731
+    assert [size(c, c.steps - 1) for c in configs] == [2**26] * 5
+    first = configs[0]
+    assert size(first, 0) == 2**24
+    grown = next(s for s in timeline.stretches(first) if s.batch_size == first.batch_size)
+    assert grown.first_token == pytest.approx(5e11, rel=1e-3)
+    micro = {timeline.at(c, s).batch_size // timeline.at(c, s).accumulation for c in configs[:2] for s in (0, 10**6)}
+    assert micro == {1024}
+
+    weights = lambda c, step: (timeline.at(c, step).bias_update_rate, timeline.at(c, step).mtp_loss_weight)  # noqa: E731
+    assert weights(first, first.steps - 1) == (1e-3, 0.3)
+    assert [weights(c, c.first_step) for c in configs[1:]] == [(0.0, 0.1)] * 4
+    rate = lambda c, step: float(timeline.learning_rate(c)(step))  # noqa: E731
+    assert rate(first, 0) == 0 and max(rate(first, s) for s in range(0, 10_000, 100)) == pytest.approx(2.5e-4, rel=1e-3)
+    assert rate(configs[-1], configs[-1].steps) == pytest.approx(2.5e-5, rel=1e-4)
+    assert rate(configs[1], configs[1].first_step) == pytest.approx(rate(first, first.steps), rel=1e-3)
 
 
 @pytest.mark.slow
