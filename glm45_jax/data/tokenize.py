@@ -236,7 +236,9 @@ def _run(
         return
     context = multiprocessing.get_context("spawn")  # threads of Arrow, tokenizers and JAX do not survive a fork
     counter = context.Value("q", 0)
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (settings, folder, counter))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, context, _start_worker, (settings, folder, counter, os.getpid())
+    )
     with pool:
         waiting = {pool.submit(_work, job): job for job in jobs}
         try:
@@ -255,9 +257,9 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(settings: Settings, folder: Path, counter: Any) -> None:
+def _start_worker(settings: Settings, folder: Path, counter: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     _worker.update(settings=settings, folder=folder, counter=counter, tokenizer=Tokenizer.load(settings.tokenizer))
 
 

@@ -188,7 +188,7 @@ def train_config_from(tree: Mapping[str, Any], where: str = "config") -> TrainCo
     tree = dict(tree)
     _check_keys(TrainConfig, tree, where)
     model = tree.pop("model", None)
-    tree["model"] = _model(model, tree.get("init_from"), where)
+    tree["model"] = model_from(model, tree.get("init_from"), where)
     return build(TrainConfig, tree, where)
 
 
@@ -199,7 +199,7 @@ def to_tree(config: Any) -> Any:
     return [to_tree(value) for value in config] if isinstance(config, tuple) else config
 
 
-def _model(model: Any, init_from: str | None, where: str) -> ModelConfig:
+def model_from(model: Any, init_from: str | None, where: str) -> ModelConfig:
     """A preset, a checkpoint's config, or all fields, with fields replaced; parameters are float32 unless said."""
     if isinstance(model, str):
         model = {"preset": model}

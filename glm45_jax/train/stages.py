@@ -23,7 +23,7 @@ from rich.console import Console
 
 from glm45_jax.errors import UserError
 from glm45_jax.train import timeline
-from glm45_jax.train.config import TrainConfig, check_keys, read_tree, train_config_from
+from glm45_jax.train.config import TrainConfig, check_keys, model_from, read_tree, to_tree, train_config_from
 from glm45_jax.train.loop import OnMetrics, TrainResult, train
 
 _DONE = "finished.json"
@@ -79,6 +79,7 @@ def stages_from(tree: Mapping[str, Any], where: str = "recipe") -> list[Stage]:
     names = [str(stage.get("name", "")) for stage in stages]
     if len(set(names)) < len(names) or not all(names) or any("/" in name for name in names):
         raise UserError(f"{where}: stages need names, each its own and without a slash; they are {names}")
+    common = _with_whole_model(common, stages[0], where)
     out: list[Stage] = []
     for number, stage in enumerate(stages):
         here = f"{where}: stage {names[number]!r}"
@@ -87,29 +88,35 @@ def stages_from(tree: Mapping[str, Any], where: str = "recipe") -> list[Stage]:
     return list(_with_common_ends(out))
 
 
+def _with_whole_model(common: dict[str, Any], first: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`common` with every field of the model: later stages do not start from the checkpoint that may have them."""
+    init_from = first.get("init_from", common.get("init_from"))
+    if common.get("model") is None and init_from is None:
+        return common
+    return {**common, "model": to_tree(model_from(common.get("model"), init_from, where))}
+
+
 def _stage(common: Mapping[str, Any], stage: Mapping[str, Any], folder: str, before: Stage | None, where: str) -> Stage:
     known = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _SET_BY_THE_CHAIN]
     check_keys([*known, *_OWN_KEYS], stage, where)
     own = {key: value for key, value in stage.items() if key not in _OWN_KEYS}
     tree: dict[str, Any] = {**common, **own, "output_dir": folder}
     for key in _LAID_OVER:
-        if key in common and key in own:
-            tree[key] = {**_fields(common[key]), **_fields(own[key])}
-    fresh = bool(stage.get("fresh", before is None))
-    if before is not None:
-        if "init_from" in stage:
-            raise UserError(f"{where}: init_from is for the first stage; later ones start from the one before")
-        tree.pop("init_from", None)
-        follow = before.config
-        if fresh:
-            tree["init_from"] = f"{follow.output_dir}/model"
-        else:
-            tree |= {"continue_from": follow.output_dir, "first_step": follow.steps}
-            tree["first_tokens"] = timeline.tokens_at(follow, follow.steps)
-            # a batch grows once: later stages have the size that it grew to
-            if "batch_warmup" not in own:
-                tree.pop("batch_warmup", None)
-    return Stage(str(stage["name"]), _of_length(tree, stage, where))
+        if key in common and key in own and "preset" not in (own_fields := _fields(own[key])):
+            tree[key] = {**_fields(common[key]), **own_fields}
+    name, init_from = str(stage["name"]), tree.pop("init_from", None)  # the model is whole already
+    if before is None:
+        return Stage(name, _of_length(tree, stage, where).replace(init_from=init_from))
+    if "init_from" in stage:
+        raise UserError(f"{where}: init_from is for the first stage; later ones start from the one before")
+    if "batch_warmup" not in own:
+        tree.pop("batch_warmup", None)  # it grows once; later stages have the size that it grew to
+    follow = before.config
+    if stage.get("fresh", False):
+        return Stage(name, _of_length(tree, stage, where).replace(init_from=f"{follow.output_dir}/model"))
+    tree |= {"continue_from": follow.output_dir, "first_step": follow.steps}
+    tree["first_tokens"] = timeline.tokens_at(follow, follow.steps)
+    return Stage(name, _of_length(tree, stage, where))
 
 
 def _of_length(tree: dict[str, Any], stage: Mapping[str, Any], where: str) -> TrainConfig:
