@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from glm45_jax.train import TrainConfig
 
 _EXIT_INTERRUPTED = 130
 
@@ -39,8 +43,9 @@ class Train:
 def main(argv: list[str]) -> int:
     flags_last = sorted(argv, key=lambda argument: argument.startswith("-"))  # tyro takes no key=value behind a flag
     args = tyro.cli(Train, args=flags_last, prog="glm45 train")
-    from glm45_jax.train import export_newest, load_train_config, train
+    from glm45_jax.train import load_train_config
     from glm45_jax.train.config import to_tree
+    from glm45_jax.train.distributed import ending_together
 
     config = load_train_config(args.config, args.overrides)
     if args.show:
@@ -48,16 +53,29 @@ def main(argv: list[str]) -> int:
 
         print(yaml.safe_dump(to_tree(config), sort_keys=False), end="")
         return 0
+    with ending_together(config.distributed):
+        return _run(args, config)
+
+
+def _run(args: Train, config: TrainConfig) -> int:
+    from glm45_jax.train import export_newest, train
+    from glm45_jax.train.distributed import is_first
+
     if args.export:
-        print(f"the model is in {export_newest(config)}")
+        folder = export_newest(config)
+        if is_first():
+            print(f"the model is in {folder}")
         return 0
     console = Console(stderr=True)
     result = train(config, console=console)
+    quiet = Console(stderr=True, quiet=not is_first())
     if not result.finished:
-        console.print(f"stopped after step {int(result.state.step)}; the same command goes on from there")
+        quiet.print(f"stopped after step {int(result.state.step)}; the same command goes on from there")
         return _EXIT_INTERRUPTED
     if result.model_dir is not None:
-        console.print(f"the model is in {result.model_dir}")
+        quiet.print(f"the model is in {result.model_dir}")
     if args.digest:
-        print(result.digest())
+        digest = result.digest()  # by all processes together
+        if is_first():
+            print(digest)
     return 0
