@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,17 +20,19 @@ Batch = dict[str, Any]
 class Feed(Iterator[Batch]):
     """Batches as arrays over the mesh, or as they are without one.
 
-    With `ends`, data that have an end: they end for all processes with the first for which they do.
+    With several processes, data that have an end (`ends`) end for all with the first for which they do: all ask one
+    another before each batch, when no other program is under way that speaks with other processes.
     """
 
     def __init__(self, data: BatchIterator, mesh: Mesh | None, *, ends: bool):
-        self._data, self._mesh, self._ends = data, mesh, ends
+        self._data, self._mesh = data, mesh
+        self.ends = ends and jax.process_count() > 1
         self._rows: dict[int, list[int]] = {}
         self.tokens = 0  # of the last batch, padding left out; with several processes as many as this one's share says
 
     def __next__(self) -> Batch:
         batch = next(self._data, None)
-        if self._ends and None in gather(None if batch is None else 0):
+        if self.ends and None in gather(None if batch is None else 0):
             raise StopIteration
         if batch is None:
             raise StopIteration

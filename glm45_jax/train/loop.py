@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import yaml
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 from rich.console import Console
 
 from glm45_jax.config import ModelConfig
@@ -54,9 +56,16 @@ def placed_state(config: TrainConfig, params: Params | None, mesh: Mesh | None) 
     return constrained(init_state(config, params), config, mesh)
 
 
-def placed_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh | None) -> tuple[TrainState, Metrics]:
-    """`train_step`, whose state stays where it lies and whose metrics every process has."""
+def placed_step(
+    state: TrainState, batch: Batch, votes: Array | None, config: TrainConfig, mesh: Mesh | None
+) -> tuple[TrainState, Metrics]:
+    """`train_step`, whose state stays where it lies and whose metrics every process has; `stop`: the highest vote.
+
+    One program, since two with collectives at the same time would mix up their messages on CPUs.
+    """
     state, metrics = train_step(state, batch, config)
+    if votes is not None:
+        metrics["stop"] = jnp.max(votes)
     if mesh is not None:
         metrics = jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, PartitionSpec()))
     return constrained(state, config, mesh), metrics
@@ -192,7 +201,7 @@ def _start(config: TrainConfig, mesh: Mesh | None, checkpoints: Checkpoints, fee
     params = None if config.init_from is None else _initial_params(config, mesh)
     state = _first_state(_compiled_fields(config), params, mesh)
     # Placed as a restored state is: both are then stepped by one and the same program.
-    return jax.device_put(state, jax.devices()[0]) if mesh is None else state
+    return jax.device_put(state, jax.devices()[0]) if mesh is None else jax.block_until_ready(state)
 
 
 def _initial_params(config: TrainConfig, mesh: Mesh | None) -> Params:
@@ -229,6 +238,8 @@ class _Run:
         saved, metrics, step = self.checkpoints.latest, None, int(state.step)
         clock.lap(useful=False)
         while step < config.steps and not self.stopping.reason():
+            if self.feed.ends:  # they are about to ask one another whether there is a batch
+                self._one_ahead(metrics)
             batch = next(self.feed, None)
             if batch is None:
                 self.reporter.say(f"the data end after {step} of {config.steps} steps")
@@ -236,8 +247,8 @@ class _Run:
             self._one_ahead(metrics)
             self.profiler.before(step + 1)
             compiled = metrics is not None
-            state, metrics = _step(state, batch, config=fixed, mesh=self.mesh)
-            self.stopping.vote()
+            state, metrics = _step(state, batch, self.stopping.vote(), config=fixed, mesh=self.mesh)
+            self.stopping.count(metrics.pop("stop", None))
             clock.lap(useful=compiled)
             step += 1
             self.profiler.after(step, metrics)
@@ -356,7 +367,10 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer | None, ou
 
 
 def _use_compilation_cache(config: TrainConfig) -> None:
-    if config.compilation_cache is not None:
+    # Programs for CPU that come from the cache (jax 0.10) run collectives side by side that were compiled to follow one
+    # another, and gloo tells them apart by their order alone.
+    several_on_cpu = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    if config.compilation_cache is not None and not several_on_cpu:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser().absolute()))
 
 

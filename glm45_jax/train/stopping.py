@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import math
 import signal
 import threading
@@ -13,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 SIGNAL, TIME = 2, 1  # why
 
@@ -23,15 +22,15 @@ SIGNAL, TIME = 2, 1  # why
 class Stopping:
     """Whether, and why, to take no further step. Several processes agree without waiting for one another.
 
-    Each votes behind every step, the devices count, and the count is read one step later, when it is there anyway: all
-    stop after the same step, at most two after the one at which the first of them wanted to.
+    Each gives its vote to every step, the devices find the highest, and that is read one step later, when it is there
+    anyway: all stop after the same step, at most two after the one at which the first of them wanted to.
     """
 
     def __init__(self, signalled: threading.Event, mesh: Mesh | None, max_minutes: float | None):
         self._signalled = signalled
         self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._mesh = mesh if jax.process_count() > 1 else None
-        self._counted: collections.deque[jax.Array] = collections.deque()
+        self._counted: collections.deque[jax.Array] = collections.deque(maxlen=2)
 
     def reason(self) -> int:
         """`SIGNAL` or `TIME`, once all processes know of it; 0 before."""
@@ -39,26 +38,23 @@ class Stopping:
             return self._wanted()
         return int(self._counted[0]) if len(self._counted) == 2 else 0
 
-    def vote(self) -> None:
-        """Behind each step, by every process."""
+    def vote(self) -> Int[Array, " devices"] | None:
+        """For the next step. None where a process decides for itself."""
         if self._mesh is None:
-            return
-        if len(self._counted) == 2:
-            self._counted.popleft()
+            return None
         sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
         mine = np.full(1, self._wanted(), np.int32)
-        votes = jax.make_array_from_callback((self._mesh.size,), sharding, lambda _: mine)
-        self._counted.append(_highest(self._mesh)(votes))
+        return jax.make_array_from_callback((self._mesh.size,), sharding, lambda _: mine)
+
+    def count(self, highest: Int[Array, ""] | None) -> None:
+        """The highest vote that the step found."""
+        if highest is not None:
+            self._counted.append(highest)
 
     def _wanted(self) -> int:
         if self._signalled.is_set():
             return SIGNAL
         return TIME if time.monotonic() > self._deadline else 0
-
-
-@functools.cache
-def _highest(mesh: Mesh) -> Any:
-    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @contextlib.contextmanager
