@@ -110,6 +110,7 @@ class _Count(ProgramWalk):
         self.devices = devices
         self.times = 1.0
         self.share = 1.0 / devices
+        self.axis_sizes: dict[Any, int] = {}  # of the mesh of the `shard_map` around
         self.counts = Counts()
         alike: dict[str, Callable[..., Any]] = {
             "psum": lambda x, n, p: x * n, "psum_invariant": lambda x, n, p: x * n, "psum2": lambda x, n, p: x * n,
@@ -198,11 +199,12 @@ class _Count(ProgramWalk):
         return [UNKNOWN] * len(eqn.outvars)
 
     def _shard_map(self, eqn: Any, args: list[Any]) -> list[Any]:
-        before, self.share = self.share, 1.0
+        before = self.share, self.axis_sizes
+        self.share, self.axis_sizes = 1.0, dict(eqn.params["mesh"].shape)
         try:
             return super()._shard_map(eqn, args)
         finally:
-            self.share = before
+            self.share, self.axis_sizes = before
 
     # --- what is assumed ---------------------------------------------------------------------------------------------
 
@@ -218,7 +220,8 @@ class _Count(ProgramWalk):
 
     def _collective(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         def apply(eqn: Any, args: list[Any]) -> list[Any]:
-            n = _group(eqn)
+            names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+            n = math.prod(self.axis_sizes.get(a, 1) for a in (names if isinstance(names, tuple) else (names,)))
             outs = []
             for x, v in zip(args, eqn.outvars):
                 y = rule(x, n, eqn.params) if known(x) else UNKNOWN
@@ -226,16 +229,6 @@ class _Count(ProgramWalk):
             return outs
 
         return apply
-
-
-def _group(eqn: Any) -> int:
-    """Devices of a collective's group, as far as its operands' shapes say."""
-    p = eqn.params
-    if "axis_size" in p:
-        return int(p["axis_size"])
-    names = p.get("axes", p.get("axis_name", ()))
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(a, 1) for a in (names if isinstance(names, tuple) else (names,)))
 
 
 def _gathered(x: np.ndarray, n: int, p: dict[str, Any]) -> np.ndarray:
@@ -271,7 +264,9 @@ def _rounds(p: dict[str, Any], consts: Sequence[Any], carry: Sequence[Any]) -> i
     tests = [e for e in condition.eqns if e.outvars[0] in condition.outvars]
     if len(tests) != 1 or tests[0].primitive.name not in ("lt", "gt"):
         return None
-    sides = tests[0].invars[:: 1 if tests[0].primitive.name == "lt" else -1]
+    same = {e.outvars[0]: e.invars[0] for e in condition.eqns if e.primitive.name in ("convert_element_type", "pvary")}
+    sides = [same.get(v, v) if not hasattr(v, "val") else v for v in tests[0].invars]
+    sides = sides if tests[0].primitive.name == "lt" else sides[::-1]
     low, high = (np.asarray(v.val) if hasattr(v, "val") else values.get(v, UNKNOWN) for v in sides)
     index = next((i for i, v in enumerate(condition.invars[len(consts) :]) if v is sides[0]), None)
     if index is None or not known(low, high):
