@@ -232,7 +232,7 @@ def _run(
     return state, not stop.is_set() or step >= config.steps
 
 
-def _next_batch(data: Iterator[Batch], pieces: int) -> Batch | None:
+def _next_batch(data: Iterator[dict[str, np.ndarray]], pieces: int) -> dict[str, np.ndarray] | None:
     """The next `pieces` of the data as one batch; None where they end before."""
     parts = [part for _, part in zip(range(pieces), data)]
     if len(parts) < pieces:
