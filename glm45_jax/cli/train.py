@@ -50,14 +50,24 @@ class Train:
 
 def main(argv: list[str]) -> int:
     args = tyro.cli(Train, args=_flags_last(argv), prog="glm45 train")
-    from glm45_jax.train import export_newest, run_recipe, train
+    from glm45_jax.train.distributed import ending_together
 
     stages, config = _read(args)
     if args.show:
         _show(config if stages is None or args.stage else {stage.name: stage.config for stage in stages})
         return 0
+    with ending_together(config.distributed):
+        return _run(args, stages, config)
+
+
+def _run(args: Train, stages: list[Stage] | None, config: TrainConfig) -> int:
+    from glm45_jax.train import export_newest, run_recipe, train
+    from glm45_jax.train.distributed import is_first
+
     if args.export:
-        print(f"the model is in {export_newest(config)}")
+        folder = export_newest(config)
+        if is_first():
+            print(f"the model is in {folder}")
         return 0
     console = Console(stderr=True)
     if stages is not None:
@@ -65,13 +75,16 @@ def main(argv: list[str]) -> int:
     else:
         start = functools.partial(train, config)
     result = start(console=console)
+    quiet = Console(stderr=True, quiet=not is_first())
     if not result.finished:
-        console.print(f"stopped after step {int(result.state.step)}; the same command goes on from there")
+        quiet.print(f"stopped after step {int(result.state.step)}; the same command goes on from there")
         return _EXIT_INTERRUPTED
     if result.model_dir is not None:
-        console.print(f"the model is in {result.model_dir}")
+        quiet.print(f"the model is in {result.model_dir}")
     if args.digest:
-        print(result.digest())
+        digest = result.digest()  # by all processes together
+        if is_first():
+            print(digest)
     return 0
 
 

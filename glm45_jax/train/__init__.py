@@ -1,7 +1,9 @@
 """Training: configuration, optimizer, loss, the step as a pure function, and whole runs that can stop and go on."""
 
-from glm45_jax.train.checkpoint import Checkpoints, params_digest
+from glm45_jax.train.checkpoint import Checkpoints
 from glm45_jax.train.config import TokenizerConfig, TrainConfig, load_train_config
+from glm45_jax.train.digest import params_digest
+from glm45_jax.train.distributed import DistributedConfig
 from glm45_jax.train.loop import TrainResult, evaluate, export_newest, train
 from glm45_jax.train.loss import loss_fn
 from glm45_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule, parameter_groups
@@ -11,6 +13,7 @@ from glm45_jax.train.step import TrainState, init_state, train_step
 
 __all__ = [
     "Checkpoints",
+    "DistributedConfig",
     "OptimizerConfig",
     "Stage",
     "TokenizerConfig",

@@ -19,6 +19,8 @@ import yaml
 from glm45_jax.config import ModelConfig, get_preset
 from glm45_jax.data import DataConfig
 from glm45_jax.errors import UserError
+from glm45_jax.parallel import MeshConfig
+from glm45_jax.train.distributed import DistributedConfig
 from glm45_jax.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -111,11 +113,16 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 200  # steps; the last one is saved in any case
     keep: int = 3  # checkpoints, the newest
+    keep_every: int | None = None  # steps: checkpoints of its multiples are kept for good; a multiple of save_every
     eval_data: DataConfig | None = None
     eval_every: int = 200  # steps
     eval_batches: int = 8
     tensorboard: bool = True  # where tensorboardX is installed
     compilation_cache: str | None = None  # folder where compiled programs are kept, for quick restarts
+    profile_steps: tuple[int, ...] | None = None  # [first, last]: a trace of these steps, in output_dir/profile
+
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how devices share the work; not what is learnt
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep", "eval_every"):
@@ -133,6 +140,12 @@ class TrainConfig:
         if not 2 <= self.seq_len <= self.model.max_position_embeddings:
             limit = self.model.max_position_embeddings
             raise UserError(f"seq_len is {self.seq_len}, it must lie in 2..{limit} (max_position_embeddings)")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
+            raise UserError(f"keep_every is {self.keep_every}, it must be a multiple of save_every ({self.save_every})")
+        if self.profile_steps is not None:
+            first, last = self.profile_steps if len(self.profile_steps) == 2 else (0, 0)
+            if not 1 <= first <= last:
+                raise UserError(f"profile_steps is {list(self.profile_steps)}, expected [first, last] from 1 on")
         for name in ("mtp_loss_weight", "balance_loss_weight", "bias_update_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is negative")

@@ -10,32 +10,36 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import yaml
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 from rich.console import Console
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.data import BatchIterator, DataConfig, build_data
+from glm45_jax.data import DataConfig, build_data
 from glm45_jax.errors import UserError
 from glm45_jax.model import Params, abstract_params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 from glm45_jax.train import timeline
-from glm45_jax.train.checkpoint import Checkpoints, abstract_state, params_digest
+from glm45_jax.train.checkpoint import Checkpoints
 from glm45_jax.train.config import TrainConfig, to_tree
+from glm45_jax.train.digest import params_digest
+from glm45_jax.train.distributed import gather, initialize, is_first
+from glm45_jax.train.feed import Feed, shards_here
 from glm45_jax.train.loss import Batch, loss_fn
-from glm45_jax.train.report import Reporter
+from glm45_jax.train.placement import abstract_state, constrained, run_mesh
+from glm45_jax.train.report import Profiler, Reporter
 from glm45_jax.train.step import Metrics, TrainState, init_state, train_step
+from glm45_jax.train.stopping import SIGNAL, TIME, Stopping, stop_signals
 from glm45_jax.train.tokenizer import keep_tokenizer, prepare_tokenizer
 
 OnMetrics = Callable[[int, Metrics], None]
@@ -45,8 +49,31 @@ _STEP_FIELDS = {
     "model", "steps", "accumulation", "batch_size", "batch_warmup", "seq_len", "optimizer", "mtp_loss_weight",
     "balance_loss_weight", "bias_update_rate", "skip_spikes", "first_step", "first_tokens", "seed",
 }  # fmt: skip
-_first_state = jax.jit(init_state, static_argnames="config")
-_step = jax.jit(train_step, static_argnames="config", donate_argnums=0)
+_PATIENCE = 15.0  # seconds beyond the heartbeat's in which an earlier run of several processes may still be ending
+
+
+def placed_state(config: TrainConfig, params: Params | None, mesh: Mesh | None) -> TrainState:
+    """`init_state`, made where it is to lie."""
+    return constrained(init_state(config, params), config, mesh)
+
+
+def placed_step(
+    state: TrainState, batch: Batch, votes: Array | None, config: TrainConfig, mesh: Mesh | None
+) -> tuple[TrainState, Metrics]:
+    """`train_step`, whose state stays where it lies and whose metrics every process has; `stop`: the highest vote.
+
+    One program, since two with collectives at the same time would mix up their messages on CPUs.
+    """
+    state, metrics = train_step(state, batch, config)
+    if votes is not None:
+        metrics["stop"] = jnp.max(votes)
+    if mesh is not None:
+        metrics = jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, PartitionSpec()))
+    return constrained(state, config, mesh), metrics
+
+
+_first_state = jax.jit(placed_state, static_argnames=("config", "mesh"))
+_step = jax.jit(placed_step, static_argnames=("config", "mesh"), donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +104,8 @@ def train(
 ) -> TrainResult:
     """Trains to `config.steps`, or goes on with what `config.output_dir` holds.
 
-    SIGINT and SIGTERM end it after the step at hand, with a checkpoint.
+    SIGINT and SIGTERM end it after the step at hand, with a checkpoint. With several processes all call this, with the
+    same configuration; a signal to one of them stops all after the same step.
 
     Args:
       tokenizer: in place of the one that `config.tokenizer` names.
@@ -87,26 +115,43 @@ def train(
     Raises:
       UserError: the configuration, data or checkpoints are wrong, or another process trains in `output_dir`.
     """
+    began = time.monotonic()
     if config.output_dir is None or config.data is None:
         raise UserError("a run needs output_dir and data; set both in the configuration")
-    out, settings = Path(config.output_dir), config.data
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out), contextlib.ExitStack() as stack:
+    initialize(config.distributed)
+    out, mesh = Path(config.output_dir), run_mesh(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_one(out, config))
         _use_compilation_cache(config)
-        tokenizer = tokenizer or prepare_tokenizer(config, out)
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        tokenizer = tokenizer or _tokenizer_of_all(config, out)
         config = _with_tokens_of(tokenizer, config)
-        data = _open_data(config, settings, tokenizer, timeline.piece_size(config))
-        stack.callback(data.close)
-        checkpoints = Checkpoints(out / "checkpoints", config.keep)
+        feed = _open_feed(config, config.data, tokenizer, mesh, stack)
+        checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
         stack.callback(checkpoints.close)
-        _write(out / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
-        state = _start(config, checkpoints, data)
-        reporter = stack.enter_context(
-            Reporter(out, config.steps, int(state.step), tensorboard=config.tensorboard, console=console)
-        )
-        stop = stack.enter_context(_stop_signals())
+        if is_first():
+            _write(out / "config.yaml", yaml.safe_dump(to_tree(_of_any_process(config)), sort_keys=False))
+        state = _start(config, mesh, checkpoints, feed)
+        folder, start = out if is_first() else None, int(state.step)
+        reporter = Reporter(folder, config.steps, start, began=began, tensorboard=config.tensorboard, console=console)
+        stack.enter_context(reporter)
+        signalled = stack.enter_context(stop_signals())
         stack.enter_context(device_in_force(state.params))
-        state, finished = _run(config, tokenizer, state, data, checkpoints, reporter, stop, on_metrics)
+        held_out = None if config.eval_data is None else _open_feed(config, config.eval_data, tokenizer, mesh, stack)
+        run = _Run(
+            config=config,
+            mesh=mesh,
+            feed=feed,
+            held_out=held_out,
+            checkpoints=checkpoints,
+            reporter=reporter,
+            stopping=Stopping(signalled, mesh, config.max_minutes),
+            profiler=Profiler(config.profile_steps, out / "profile"),
+            on_metrics=on_metrics,
+        )
+        stack.callback(run.profiler.close)
+        state, finished = run.steps(state)
         checkpoints.wait()
         model_dir = _export(config, state.params, tokenizer, out) if finished else None
     return TrainResult(state, config, tokenizer, finished, model_dir)
@@ -115,20 +160,23 @@ def train(
 def export_newest(config: TrainConfig) -> Path:
     """Writes the model of the newest checkpoint, of a run that need not be over, to `output_dir`/model."""
     out = Path(config.output_dir or "")
+    initialize(config.distributed)
     if not (out / "checkpoints").is_dir():
         raise UserError(f"{out}: no checkpoints here; train first")
-    with _only_one(out):
-        tokenizer = prepare_tokenizer(config, out)
+    mesh = config.mesh.make()
+    mesh = None if mesh.size == 1 else mesh
+    with _only_one(out, config):
+        tokenizer = _tokenizer_of_all(config, out)
         config = _with_tokens_of(tokenizer, config)
-        checkpoints = Checkpoints(out / "checkpoints", config.keep)
-        restored = checkpoints.restore(abstract_state(functools.partial(init_state, config)), config.model)
+        checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
+        restored = checkpoints.restore(abstract_state(config, mesh), config.model)
         checkpoints.close()
         if restored is None:
             raise UserError(f"{out / 'checkpoints'}: no whole checkpoint here; train first")
         return _export(config, restored[0].params, tokenizer, out)
 
 
-def evaluate(params: Params, config: TrainConfig, batches: Iterator[dict[str, np.ndarray]]) -> float:
+def evaluate(params: Params, config: TrainConfig, batches: Iterator[Batch]) -> float:
     """Mean next-token cross-entropy over the targets of `config.eval_batches` batches."""
     total = count = 0.0
     for _, batch in zip(range(config.eval_batches), batches):
@@ -143,20 +191,20 @@ def _cross_entropy_sum(params: Params, batch: Batch, model: ModelConfig) -> tupl
     return metrics["cross_entropy"] * metrics["tokens"], metrics["tokens"]
 
 
-def _start(config: TrainConfig, checkpoints: Checkpoints, data: BatchIterator) -> TrainState:
+def _start(config: TrainConfig, mesh: Mesh | None, checkpoints: Checkpoints, feed: Feed) -> TrainState:
     """The newest checkpoint, with the data moved to its place; else the run's first state."""
-    init = functools.partial(init_state, config)
-    restored = checkpoints.restore(abstract_state(init), config.model)
+    restored = checkpoints.restore(abstract_state(config, mesh), config.model)
     if restored is not None:
         state, position = restored
         if position is not None and int(state.step) < config.steps:
-            data.set_state(position)
+            feed.set_state(position)
         return state
     if config.continue_from is not None:
-        return _continued(config, abstract_state(init))
-    params = None if config.init_from is None else _initial_params(config)
+        return _continued(config, abstract_state(config, mesh))
+    params = None if config.init_from is None else _initial_params(config, mesh)
+    state = _first_state(_compiled_fields(config), params, mesh)
     # Placed as a restored state is: both are then stepped by one and the same program.
-    return jax.device_put(_first_state(_compiled_fields(config), params), jax.devices()[0])
+    return jax.device_put(state, jax.devices()[0]) if mesh is None else jax.block_until_ready(state)
 
 
 def _continued(config: TrainConfig, like: TrainState) -> TrainState:
@@ -174,10 +222,10 @@ def _continued(config: TrainConfig, like: TrainState) -> TrainState:
     return restored[0]
 
 
-def _initial_params(config: TrainConfig) -> Params:
+def _initial_params(config: TrainConfig, mesh: Mesh | None) -> Params:
     from glm45_jax.convert import load_checkpoint
 
-    _, params = load_checkpoint(str(config.init_from), dtype=config.model.param_dtype)
+    _, params = load_checkpoint(str(config.init_from), dtype=config.model.param_dtype, mesh=mesh)
     want, have = jax.tree.structure(abstract_params(config.model)), jax.tree.structure(params)
     different = want != have or any(
         a.shape != b.shape for a, b in zip(jax.tree.leaves(abstract_params(config.model)), jax.tree.leaves(params))
@@ -187,57 +235,96 @@ def _initial_params(config: TrainConfig) -> Params:
     return params
 
 
-def _run(
-    config: TrainConfig, tokenizer: Tokenizer | None, state: TrainState, data: BatchIterator,
-    checkpoints: Checkpoints, reporter: Reporter, stop: threading.Event, on_metrics: OnMetrics | None,
-) -> tuple[TrainState, bool]:  # fmt: skip
-    """The steps. Returns the last state, and whether the run is over rather than stopped."""
-    piece = timeline.piece_size(config)
-    held_out = None if config.eval_data is None else _open_data(config, config.eval_data, tokenizer, config.batch_size)
-    eval_start = None if held_out is None else held_out.get_state()
-    tokens, metrics, step = 0, None, int(state.step)
-    saved = checkpoints.latest
-    deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-    while step < config.steps and not stop.is_set():
-        if time.monotonic() > deadline:
-            reporter.say(f"{config.max_minutes:g} minutes are over after {step} of {config.steps} steps")
-            break
-        now = timeline.at(config, step)
-        batch = _next_batch(data, now.batch_size // piece)
-        if batch is None:
-            reporter.say(f"the data end after {step} of {config.steps} steps")
-            break
-        if metrics is not None:
-            metrics["loss"].block_until_ready()  # one step ahead of the device, no more: a stop should act soon
-        state, metrics = _step(state, batch, config=_compiled_fields(now))
-        step += 1
-        tokens += int(np.count_nonzero(batch["segment_ids"]))
-        reporter.advance(step)
-        if step % config.log_every == 0 or step == config.steps:
-            values = jax.device_get(metrics)
-            reporter.log(step, values, tokens)
-            tokens = 0
-            if on_metrics is not None:
-                on_metrics(step, values)
-        if held_out is not None and eval_start is not None and step % config.eval_every == 0:
-            held_out.set_state(eval_start)
-            reporter.write(step, {"eval_cross_entropy": evaluate(state.params, config, held_out)})
-        if step % config.save_every == 0:
-            checkpoints.save(state, data.get_state(), config.model)
-            saved = step
-    if data.skipped:
-        reporter.say(f"{data.skipped} unusable records were left out")
-    if saved != step and step:
-        checkpoints.save(state, data.get_state(), config.model)
-    return state, not stop.is_set() or step >= config.steps
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+    """What the steps of a run work with."""
 
+    config: TrainConfig
+    mesh: Mesh | None
+    feed: Feed
+    held_out: Feed | None
+    checkpoints: Checkpoints
+    reporter: Reporter
+    stopping: Stopping
+    profiler: Profiler
+    on_metrics: OnMetrics | None
 
-def _next_batch(data: Iterator[dict[str, np.ndarray]], pieces: int) -> dict[str, np.ndarray] | None:
-    """The next `pieces` of the data as one batch; None where they end before."""
-    parts = [part for _, part in zip(range(pieces), data)]
-    if len(parts) < pieces:
-        return None
-    return parts[0] if pieces == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def steps(self, state: TrainState) -> tuple[TrainState, bool]:
+        """Returns the last state, and whether the run is over rather than stopped."""
+        config, clock = self.config, self.reporter.clock
+        eval_start = None if self.held_out is None else self.held_out.get_state()
+        saved, metrics, step = self.checkpoints.latest, None, int(state.step)
+        clock.lap(useful=False)
+        while step < config.steps and not self.stopping.reason():
+            if self.feed.ends:  # they are about to ask one another whether there is a batch
+                self._one_ahead(metrics)
+            now = timeline.at(config, step)
+            batch = self.feed.take(now.batch_size)
+            if batch is None:
+                self.reporter.say(f"the data end after {step} of {config.steps} steps")
+                break
+            self._one_ahead(metrics)
+            self.profiler.before(step + 1)
+            compiled = metrics is not None
+            fixed = _compiled_fields(now)
+            state, metrics = _step(state, batch, self.stopping.vote(), config=fixed, mesh=self.mesh)
+            self.stopping.count(metrics.pop("stop", None))
+            clock.lap(useful=compiled)
+            step += 1
+            self.profiler.after(step, metrics)
+            self._report(step, metrics)
+            if eval_start is not None and step % config.eval_every == 0:
+                self._evaluate(step, state, eval_start, metrics)
+            if step % config.save_every == 0:
+                self._save(state, metrics)
+                saved = step
+        for line in self.feed.report():
+            self.reporter.say(line)
+        if saved != step and step:
+            self._save(state, metrics)
+        return state, self._is_over(step)
+
+    def _one_ahead(self, metrics: Metrics | None) -> None:
+        """Waits until the device has one step to do and no more: a stop should act soon."""
+        if metrics is None:
+            return
+        # Still at work when the next batch is there: the device has not waited for it.
+        self.reporter.clock.lap(useful=not metrics["loss"].is_ready())
+        metrics["loss"].block_until_ready()
+        self.reporter.clock.lap(useful=True)
+
+    def _report(self, step: int, metrics: Metrics) -> None:
+        self.reporter.advance(step)
+        self.reporter.tokens += self.feed.tokens
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        values = jax.device_get(metrics)
+        self.reporter.clock.lap(useful=True)
+        self.reporter.log(step, values)
+        if self.on_metrics is not None:
+            self.on_metrics(step, values)
+
+    def _evaluate(self, step: int, state: TrainState, start: Any, metrics: Metrics) -> None:
+        assert self.held_out is not None
+        self._one_ahead(metrics)
+        self.held_out.set_state(start)
+        value = evaluate(state.params, self.config, self.held_out)
+        self.reporter.write(step, {"eval_cross_entropy": value})
+        self.reporter.clock.lap(useful=False)
+
+    def _save(self, state: TrainState, metrics: Metrics | None) -> None:
+        self._one_ahead(metrics)
+        self.checkpoints.save(state, self.feed.get_state(), self.config.model)
+        self.reporter.clock.lap(useful=False)
+
+    def _is_over(self, step: int) -> bool:
+        reason = self.stopping.reason()
+        clock = self.reporter.clock
+        if reason == TIME and step < self.config.steps:
+            minutes = self.config.max_minutes
+            self.reporter.say(f"{minutes:g} minutes are over after {step} of {self.config.steps} steps")
+        self.reporter.say(f"goodput {clock.goodput:.1%}: that share of {clock.seconds:.0f} s went into steps")
+        return reason != SIGNAL or step >= self.config.steps
 
 
 @functools.lru_cache
@@ -252,8 +339,27 @@ def _compiled_fields(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _open_data(config: TrainConfig, data: DataConfig, tokenizer: Tokenizer | None, batch_size: int) -> BatchIterator:
-    return build_data(data, tokenizer, batch_size, config.seq_len, config.seed, vocab_size=config.model.vocab_size)
+def _open_feed(
+    config: TrainConfig, data: DataConfig, tokenizer: Tokenizer | None, mesh: Mesh | None, stack: contextlib.ExitStack
+) -> Feed:
+    size = timeline.piece_size(config)
+    shards = None if mesh is None else shards_here(count_shards(data, size), size, mesh)
+    batches = build_data(
+        data, tokenizer, size, config.seq_len, config.seed, vocab_size=config.model.vocab_size, shards=shards
+    )
+    stack.callback(batches.close)
+    return Feed(batches, mesh, shards, ends=data.epochs is not None)
+
+
+def _tokenizer_of_all(config: TrainConfig, out: Path) -> Tokenizer | None:
+    """The first process may have to train it; the others wait, and load what it kept."""
+    tokenizer = prepare_tokenizer(config, out) if is_first() else None
+    gather(None)
+    return tokenizer if is_first() else prepare_tokenizer(config, out)
+
+
+def _of_any_process(config: TrainConfig) -> TrainConfig:
+    return config.replace(distributed=dataclasses.replace(config.distributed, process_id=None))
 
 
 def _with_tokens_of(tokenizer: Tokenizer | None, config: TrainConfig) -> TrainConfig:
@@ -277,49 +383,43 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer | None, ou
     from glm45_jax.convert import save_checkpoint
 
     folder = None if tokenizer is None else out / "tokenizer"
-    if tokenizer is not None:
+    if tokenizer is not None and is_first():
         keep_tokenizer(tokenizer, out / "tokenizer")
     save_checkpoint(params, config.model, out / "model", tokenizer_dir=folder, overwrite=True)
     return out / "model"
 
 
 def _use_compilation_cache(config: TrainConfig) -> None:
-    if config.compilation_cache is not None:
+    # Programs for CPU that come from the cache (jax 0.10) run collectives side by side that were compiled to follow one
+    # another, and gloo tells them apart by their order alone.
+    several_on_cpu = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    if config.compilation_cache is not None and not several_on_cpu:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser().absolute()))
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Refuses a second process in the same folder; the lock ends with the process, however it ends."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another process is training in {folder}; wait for it, or take another output_dir"
-            ) from None
+def _only_one(folder: Path, config: TrainConfig) -> Iterator[None]:
+    """Refuses a second run in the same folder; the lock ends with the first process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    several = jax.process_count() > 1
+    patience = config.distributed.heartbeat_timeout_seconds + _PATIENCE if several else 0.0
+    with open(folder / ".lock", "a") as lock:
+        if is_first():
+            _lock(lock, folder, time.monotonic() + patience)
+        gather(None)
         yield
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _lock(lock: IO[str], folder: Path, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process is training in {folder}; wait for it, or take another output_dir"
+                ) from None
+        time.sleep(0.5)
 
 
 def _write(file: Path, text: str) -> None:

@@ -1,14 +1,15 @@
-"""What a run tells while it trains: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run tells while it trains: a progress bar, metrics.jsonl, TensorBoard, goodput, traces."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,15 +18,26 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Reporter:
-    """Writes metrics of steps to `folder` and shows them. Use as a context."""
+    """Writes metrics of steps to `folder` and shows them. Use as a context.
 
-    def __init__(self, folder: Path, steps: int, start: int, *, tensorboard: bool, console: Console | None = None):
-        self._console = console or Console(stderr=True)
-        self._steps, self._start, self._begin = steps, start, time.monotonic()
-        self._last = (start, self._begin)
-        _forget_after(folder / METRICS_FILE, start)
-        self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._board = _tensorboard(folder / "tensorboard", start) if tensorboard else None
+    `seconds` is the run's time so far, of all its processes one after another; `goodput` the share of it in steps that
+    count: not in starting, restoring, compiling, waiting for data, evaluating, saving, nor in steps that a kill undid.
+
+    Args:
+      folder: None for a process that reports nothing.
+      began: `time.monotonic()` when this process began.
+    """
+
+    def __init__(
+        self, folder: Path | None, steps: int, start: int, *, began: float, tensorboard: bool,
+        console: Console | None = None,
+    ):  # fmt: skip
+        self._console = (console or Console(stderr=True)) if folder is not None else Console(quiet=True)
+        self._steps = steps
+        self.clock = Clock(began, *((0.0, 0.0) if folder is None else _forget_after(folder / METRICS_FILE, start)))
+        self._last, self.tokens = (start, time.monotonic()), 0  # tokens trained on since the last log
+        self._file = None if folder is None else open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = _tensorboard(folder / "tensorboard", start) if tensorboard and folder is not None else None
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -43,7 +55,8 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -54,13 +67,14 @@ class Reporter:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
-        """Scalars of `metrics` at `step`; `tokens` were trained on since the last call."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Scalars of `metrics` at `step`, and the speed since the last call."""
         now = time.monotonic()
-        since, then = self._last
-        self._last = (step, now)
+        (since, then), tokens = self._last, self.tokens
+        self._last, self.tokens = (step, now), 0
         values = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-        values |= {"tokens_per_second": tokens / max(now - then, 1e-9), "seconds": now - self._begin}
+        values |= {"tokens_per_second": tokens / max(now - then, 1e-9)}
+        values |= {"seconds": self.clock.seconds, "goodput": self.clock.goodput}
         self.write(step, values)
         left = (self._steps - step) * (now - then) / max(step - since, 1)
         shown = (
@@ -73,6 +87,8 @@ class Reporter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and TensorBoard's points."""
+        if self._file is None:
+            return
         # JSON has no NaN: what is not finite becomes null
         line = {name: value if np.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
@@ -82,20 +98,72 @@ class Reporter:
                 self._board.add_scalar(name, value, step)
 
 
+class Clock:
+    """How much of a run's time went into steps that count, those of its earlier processes included."""
+
+    def __init__(self, began: float, seconds: float = 0.0, useful: float = 0.0):
+        self._began, self._before, self._useful = began, seconds, useful
+        self._lap = began
+
+    def lap(self, *, useful: bool) -> None:
+        """The time since the last call was spent in steps, or was not."""
+        now = time.monotonic()
+        self._useful += (now - self._lap) * useful
+        self._lap = now
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._began
+
+    @property
+    def goodput(self) -> float:
+        return self._useful / max(self.seconds, 1e-9)
+
+
+class Profiler:
+    """A trace of the steps `first` to `last`, for TensorBoard or Perfetto; the parts of it that this process runs."""
+
+    def __init__(self, steps: Sequence[int] | None, folder: Path):
+        self._first, self._last = steps or (1, 0)
+        self._folder, self._running = folder, False
+
+    def before(self, step: int) -> None:
+        if not self._running and self._first <= step <= self._last:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        if self._running and step >= self._last:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The metrics of a run, one dict per logged step; a last line cut short by a kill is left out."""
     lines = (Path(folder) / METRICS_FILE).read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _forget_after(file: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint from which the run goes on: those steps are about to come again."""
+def _forget_after(file: Path, step: int) -> tuple[float, float]:
+    """Drops what was logged after the checkpoint from which the run goes on: those steps are about to come again.
+
+    Returns the seconds that the run has taken, the dropped steps included, and those of them in steps that remain.
+    """
     if not file.exists():
-        return
-    kept = [metrics for metrics in read_metrics(file.parent) if metrics["step"] <= step]
+        return 0.0, 0.0
+    metrics = read_metrics(file.parent)
+    kept = [line for line in metrics if line["step"] <= step]
     new = file.with_suffix(".partial")
-    new.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), "utf-8")
+    new.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
     os.replace(new, file)
+    timed = [line for line in metrics if "goodput" in line]
+    useful = [line["seconds"] * line["goodput"] for line in timed if line["step"] <= step]
+    return (timed[-1]["seconds"] if timed else 0.0), (useful[-1] if useful else 0.0)
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

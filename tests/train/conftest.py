@@ -9,14 +9,15 @@ import pytest
 
 from glm45_jax.config import get_preset
 from glm45_jax.data import DataConfig, SourceConfig
-from glm45_jax.train import OptimizerConfig, TrainConfig, init_state, train_step
+from glm45_jax.train import OptimizerConfig, TrainConfig
+from glm45_jax.train.loop import placed_state, placed_step
 from tests.support import quick_jit
 
 
 @pytest.fixture(scope="session")
 def quick_programs():
-    step = quick_jit(train_step, static_argnames="config", donate_argnums=0)
-    return step, quick_jit(init_state, static_argnames="config")
+    step = quick_jit(placed_step, static_argnames=("config", "mesh"), donate_argnums=0)
+    return step, quick_jit(placed_state, static_argnames=("config", "mesh"))
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_signal_stops_after_the_step_at_hand(run_config, reference):
 
 def test_the_time_ends_a_run_whole_and_more_time_goes_on(run_config, reference, monkeypatch):
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("glm45_jax.train.loop.time", clock)
+    monkeypatch.setattr("glm45_jax.train.stopping.time", clock)
 
     def an_hour_passes(step, _):
         if step == 5:
@@ -181,7 +181,7 @@ def test_data_that_end_before_the_steps(run_config, tmp_path):
         run_config.replace(data=ending), on_metrics=lambda *_: devices.append(jax.sharding.get_abstract_mesh().size)
     )
     assert set(devices) == {1}, "kernels are made for the device at hand"
-    assert result.finished and int(result.state.step) == 400 // 64 and result.model_dir is not None
+    assert result.finished and int(result.state.step) == -(-400 // 64) and result.model_dir is not None
 
 
 def test_start_from_the_weights_of_a_checkpoint(run_config, reference):
@@ -238,7 +238,7 @@ def test_a_tokenizer_is_trained_on_the_text_and_kept(run_config, tmp_path):
 def test_one_process_at_a_time(run_config):
     folder = Path(run_config.output_dir)
     folder.mkdir()
-    with _only_one(folder), pytest.raises(UserError, match="another process"):
+    with _only_one(folder, run_config), pytest.raises(UserError, match="another process"):
         train(run_config)
 
 

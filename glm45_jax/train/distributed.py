@@ -1,0 +1,247 @@
+"""Several processes that train together: how they find each other, what they agree on, and how all end when one fails.
+
+On TPU and GPU hosts each process drives its own devices; on CPU (gloo) several on one machine do for tests. A process
+that fails says so to the others through jax's coordination service, and all leave at once: a collective that waits for
+a dead process would hang, and so would the barrier at the end. One that vanishes without a word is missed after
+`heartbeat_timeout_seconds`, or as soon as a collective breaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from glm45_jax.errors import UserError
+
+_FAILURE = "glm45_jax/failure"  # key in the coordination service
+_LOOK_EVERY = 1.0  # seconds
+_LINGER = 3.0  # seconds in which the others can read why, before the coordinator's process is gone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How this process finds the others. All None: by itself, unless the environment names others.
+
+    The environment: GLM45_COORDINATOR_ADDRESS, GLM45_NUM_PROCESSES and GLM45_PROCESS_ID; a Slurm step of several tasks;
+    a TPU VM that is one of several.
+    """
+
+    coordinator_address: str | None = None  # host:port of process 0, free there, reachable from all
+    num_processes: int | None = None
+    process_id: int | None = None
+    auto: bool | None = None  # True: jax finds out (Slurm, Open MPI, TPU VMs, Kubernetes); False: single process
+    cpu_devices: int | None = None  # devices that a process makes of its CPU; None: one, or what XLA_FLAGS say
+    heartbeat_timeout_seconds: int = 20  # a process not heard of for so long is dead, and the run ends
+    initialization_timeout_seconds: int = 300  # the processes must have found each other
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_devices", "heartbeat_timeout_seconds", "initialization_timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"distributed.{name} is {value}, it must be at least 1")
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Joins the run's other processes, where there are any; must come before jax touches a device.
+
+    Raises:
+      UserError: settings are missing or wrong, jax is in use already, or the processes did not find each other.
+    """
+    if config.cpu_devices is not None:
+        _update("jax_num_cpu_devices", config.cpu_devices)
+    if jax.distributed.is_initialized():
+        return
+    address = _address(config, os.environ)
+    if address is None and not _others_in(config, os.environ):
+        return
+    _update("jax_cpu_collectives_implementation", "gloo")
+    # Its notice of SIGTERM would take the place of ours, which any process's Ctrl-C shares.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **(address or {}),
+            initialization_timeout=config.initialization_timeout_seconds,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = f"{address['process_id']} of {address['num_processes']}, at {address}" if address else "found by jax"
+        raise UserError(
+            f"distributed: the run's processes cannot join (this one: {where}): {str(error)[:400]}. Is every process "
+            "started, each with its own process_id, and the address of process 0 free there and reachable from here?"
+        ) from error
+
+
+def _update(option: str, value: Any) -> None:
+    if getattr(jax.config, option) == value:
+        return
+    try:
+        jax.config.update(option, value)
+    except RuntimeError as error:
+        raise UserError(
+            f"distributed: {option}={value} must be set before jax is used in this process: {error}"
+        ) from None
+
+
+def _address(config: DistributedConfig, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Coordinator, number and id where any is given, by the configuration before the environment."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    for name in names:
+        text = environment.get(f"GLM45_{name.upper()}")
+        if values[name] is None and text and config.auto is None:
+            values[name] = text if name == "coordinator_address" else _number(f"GLM45_{name.upper()}", text)
+    missing = [name for name in names if values[name] is None]
+    if len(missing) == len(names) or (values["num_processes"] == 1 and values["coordinator_address"] is None):
+        return None
+    if missing:
+        raise UserError(f"distributed: {', '.join(missing)} missing; all of {', '.join(names)} are needed, or none")
+    if ":" not in values["coordinator_address"]:
+        raise UserError(f"distributed.coordinator_address is {values['coordinator_address']!r}, expected HOST:PORT")
+    if not 0 <= values["process_id"] < values["num_processes"]:
+        raise UserError(
+            f"distributed.process_id is {values['process_id']}, it must lie in 0..{values['num_processes'] - 1}"
+        )
+    return values
+
+
+def _number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} is {text!r}, expected a whole number") from None
+
+
+def _others_in(config: DistributedConfig, environment: Mapping[str, str]) -> bool:
+    """Whether the environment shows a run of several processes that jax can find."""
+    if config.auto is not None:
+        return config.auto
+    # Inside a step of Slurm alone: a job's own shell, where nothing was started by srun, is a single process.
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return True
+    if environment.get("JAX_PLATFORMS", "").split(",")[0] not in ("", "tpu"):
+        return False
+    several = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
+    return several or "MEGASCALE_COORDINATOR_ADDRESS" in environment or _on_tpu_vm()
+
+
+def _on_tpu_vm() -> bool:
+    """On Google Cloud's TPU VMs; their metadata, which jax reads, say how many there are."""
+    return (os.path.exists("/dev/accel0") and os.path.exists("/etc/google_instance_id")) or os.path.exists("/run/tpu")
+
+
+# --- what all agree on ---------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this process writes what one writes for all."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON values of all processes, by their number. All must call it; none returns before all have."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, few programs
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes)]
+
+
+# --- one fails, all end --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending_together(config: DistributedConfig) -> Iterator[None]:
+    """Joins the other processes; inside, the failure of one ends all of them at once, each with a message.
+
+    For a program's outermost level: with several processes an exception that leaves the body does not come out, the
+    process exits (2 after a `UserError`, 130 after Ctrl-C, else 1).
+    """
+    initialize(config)
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        _leave(error)
+    over.set()
+    watch.join()
+
+
+def _watch(over: threading.Event) -> None:
+    while not over.wait(_LOOK_EVERY):
+        reason = _read_failure()
+        if reason is not None and not over.is_set():
+            _exit(1, f"{_who()} ends, because {reason}")
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Tells the others why and ends, past the barrier that waits for all."""
+    earlier = _read_failure()
+    if earlier is not None:
+        _exit(1, f"{_who()} ends, because {earlier}")
+    if isinstance(error, KeyboardInterrupt):
+        code, reason = 130, "was interrupted"
+    elif isinstance(error, UserError):
+        code, reason = 2, f"failed: {error}"
+    else:
+        import traceback
+
+        traceback.print_exception(error)
+        code, reason = 1, f"failed: {type(error).__name__}: {str(error)[:500]}"
+        if _of_others(reason):
+            reason += "\nThis is how it looks when another process is gone: see what that one said last"
+    _write_failure(f"{_who()} {reason}")
+    print(f"glm45: {_who()} {reason}", file=sys.stderr, flush=True)
+    time.sleep(_LINGER)
+    _exit(code, "the same command, given to every process, goes on from the newest checkpoint")
+
+
+def _of_others(reason: str) -> bool:
+    return any(word in reason for word in ("Gloo", "gloo", "NCCL", "peer", "Connection", "heartbeat", "barrier"))
+
+
+def _exit(code: int, text: str) -> NoReturn:
+    print(f"glm45: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # past jax's shutdown, which waits for processes that are gone
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _client() -> Any:
+    from jax._src import distributed  # jax has no public way to its key-value store; Orbax goes this way too
+
+    return distributed.global_state.client
+
+
+def _read_failure() -> str | None:
+    try:
+        return _client().key_value_try_get(_FAILURE)
+    except Exception:  # no such key, or the coordinator is gone, which jax itself notices
+        return None
+
+
+def _write_failure(reason: str) -> None:
+    with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
+        _client().key_value_set(_FAILURE, reason)
