@@ -74,7 +74,7 @@ def scale_by_muon(
         updates: Any, state: Any, params: Any = None, *, scale: jax.typing.ArrayLike = 1.0, **_: Any
     ) -> tuple[Any, MuonState]:
         count = optax.safe_increment(state.count)
-        ahead, now = (1 - momentum ** (count + n).astype(jnp.float32) for n in (1, 0))  # of the bias correction
+        ahead, now = (1 - momentum ** jnp.float32(count + n) for n in (1, 0))  # of the bias correction
         weights = (momentum / ahead, scale * (1 - momentum) / now) if nesterov else (1 / now, jnp.zeros(()))
 
         def moved(mean: jax.Array, gradient: jax.Array) -> jax.Array:

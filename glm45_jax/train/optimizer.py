@@ -106,7 +106,7 @@ def make_schedule(
     end = config.decay_tokens or int(seen[-1])
     by_share = _warmup_cosine(config, config.warmup_tokens or 0, end, "tokens", scale=end)
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    def schedule(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         return by_share(jnp.interp(jnp.asarray(step, jnp.float32), jnp.asarray(at), jnp.asarray(seen / end)))
 
     return schedule
@@ -219,7 +219,7 @@ def _scaled() -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> Any:
         return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _clipped(clip_norm: float | None, inner: optax.GradientTransformation) -> optax.GradientTransformation:
