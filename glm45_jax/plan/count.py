@@ -119,7 +119,7 @@ class _Count(ProgramWalk):
             "reduce_scatter": _scattered, "all_to_all": _exchanged,
         }  # fmt: skip
         self.rules |= {name: self._collective(rule) for name, rule in alike.items()}
-        self.rules |= {"top_k": self._top_k}
+        self.rules |= {"top_k": self._top_k, "ragged_dot_general": self._ragged_dot}
 
     def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
         live = [step.eqn for step in self._live(jaxpr, tuple(used))]
@@ -205,6 +205,16 @@ class _Count(ProgramWalk):
             return super()._shard_map(eqn, args)
         finally:
             self.share, self.axis_sizes = before
+
+    def _ragged_dot(self, eqn: Any, args: list[Any]) -> list[Any]:
+        """The rows of its groups, where these are known; else all: each row meets one matrix."""
+        lhs, out, sizes = eqn.invars[0].aval, eqn.outvars[0].aval, args[2]
+        whole = 2.0 * math.prod(lhs.shape) * out.shape[-1]
+        if out.ndim == 3:  # a matrix of each group: the rows are what is summed over
+            whole = 2.0 * lhs.shape[0] * math.prod(out.shape[1:])
+        rows = min(1.0, float(np.sum(sizes)) / lhs.shape[0]) if known(sizes) else 1.0
+        self.counts.xla_flops += whole * rows * self.times * self.share
+        return [UNKNOWN]
 
     # --- what is assumed ---------------------------------------------------------------------------------------------
 

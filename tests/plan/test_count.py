@@ -64,6 +64,16 @@ def test_what_is_recomputed_counts() -> None:
     assert grad(jax.checkpoint(lambda x: layer(layer(x)))) == 8 * ONE
 
 
+def test_ragged_products() -> None:
+    x, w = jax.ShapeDtypeStruct((N, N), jnp.float32), jax.ShapeDtypeStruct((4, N, N), jnp.float32)
+    sizes = np.full(4, N // 8, np.int32)
+    f = lambda x, w, sizes: jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1](x)  # noqa: E731
+    args = x, w, jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert counted(f, *args, values=[None, None, sizes]).xla_flops == 2 * ONE / 2  # half of the rows are in a group
+    assert counted(f, *args).xla_flops == 2 * ONE
+    assert counted(jax.lax.ragged_dot, *args).xla_flops == ONE
+
+
 def test_inside_shard_map_a_device_counts_and_outside_its_share() -> None:
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
 
