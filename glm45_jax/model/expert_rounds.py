@@ -163,8 +163,8 @@ def _buffers(arrays, plan: Rounds, like: Array) -> Any:
 def _count(journey: Journey, plan: Rounds) -> Int[Array, ""]:
     """Rounds until every device has met all its rows.
 
-    The busiest device has the mean at least: said with `maximum`, so that whoever reads the program (`glm45 plan`) knows
-    how many rounds even loads take.
+    The busiest device has the mean at least: said with `maximum`, so that whoever reads the program (`glm45 plan`)
+    knows how many rounds even loads take.
     """
     devices = journey.counts.shape[0]
     most = jnp.max(journey.counts.sum(0).reshape(devices, -1).sum(1))
@@ -173,7 +173,7 @@ def _count(journey: Journey, plan: Rounds) -> Int[Array, ""]:
 
 
 def _leg(journey: Journey, number: Array, plan: Rounds) -> Leg:
-    """Round `number`: the pieces' parts that fall into its places. Before the first and after the last they are empty."""
+    """Round `number`: what of the pieces falls into its places. Before the first round and after the last, nothing."""
     devices, mine = journey.counts.shape[0], local.index(plan.axes)
     here = journey.counts.shape[1] // devices
     ours = lambda table: jax.lax.dynamic_slice_in_dim(table, mine * here, here, 1)  # noqa: E731  [n, E] -> [n, e]
