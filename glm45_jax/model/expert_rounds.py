@@ -28,7 +28,8 @@ from glm45_jax.parallel.exchange import Pieces, exchange
 # rows sorted by expert [R, D], their weights [R], the matrices, rows of each expert [e], what else -> answers [R, D]
 Experts = Callable[..., Float[Array, "R D"]]
 
-_ROUNDS = 4  # of even loads
+_ROUNDS = 4  # of even loads, and of loads a quarter above them
+_SLACK = 1.25
 _LEAST_ROWS = 1024
 
 
@@ -62,7 +63,7 @@ def rounds_for(num_rows: int, axes: tuple[str, ...], rounds: int | None, capacit
     """For devices with `num_rows` rows each: the rows of a round from the rounds that even loads take."""
     limit = None if capacity is None else math.ceil(capacity * num_rows)
     if rounds is None:
-        rows = min(max(_LEAST_ROWS, math.ceil(num_rows / _ROUNDS)), num_rows)
+        rows = min(max(_LEAST_ROWS, math.ceil(_SLACK * num_rows / _ROUNDS)), num_rows)
     else:
         rows = math.ceil(num_rows / rounds)
     met = num_rows if limit is None else min(num_rows, limit)  # by the busiest device, at least
