@@ -27,7 +27,7 @@ from glm45_jax.errors import UserError
 _FAILURE = "glm45_jax/failure"  # key in the coordination service
 _LOOK_EVERY = 1.0  # seconds
 _OF_OTHERS = ("Gloo", "gloo", "NCCL", "peer", "heartbeat", "Barrier", "barrier")  # in errors of a broken collective
-_LINGER = 3.0  # seconds in which the others can read why, before the coordinator's process is gone
+_LINGER = 3.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,13 +212,14 @@ def _leave(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     _write_failure(f"{_who()} {reason}")
     print(f"glm45: {_who()} {reason}", file=sys.stderr, flush=True)
-    time.sleep(_LINGER)
     _exit(code, "the same command, given to every process, goes on from the newest checkpoint")
 
 
 def _exit(code: int, text: str) -> NoReturn:
     print(f"glm45: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if is_first():
+        time.sleep(_LINGER)  # without the coordinator's process jax aborts the others before they have read why
     os._exit(code)  # past jax's shutdown, which waits for processes that are gone
 
 

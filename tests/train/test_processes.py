@@ -41,20 +41,39 @@ def test_two_are_one(recipe, two):
     assert run.digest().startswith("xxh3:")
     assert close(losses(run.out), two[1])
     assert (recipe.parent / "two" / "model" / "tokenizer.json").exists()
-    more = Run(recipe, recipe.parent / "two", processes=2)
-    assert more.digest() == two[0], "a run that is over is only told, by however many"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_is_killed(recipe, two, victim):
-    out = recipe.parent / f"killed{victim}"
-    run = Run(recipe, out, processes=2)
-    assert run.signal_when(lambda: run.logged(6), victim)
+def assert_ended_without(run, victim):
+    """In time, and not in silence."""
     codes = wait_for_the_end(run)
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, None)
-    said = run.said(1 - victim)
-    assert "lost its connection to another process" in said or "another task died" in said
+    assert all(codes) and codes[victim] == -signal.SIGKILL
+    for i in range(len(codes)):
+        said = run.said(i)
+        assert i == victim or "lost its connection" in said or "another task died" in said or "ends, because" in said
+
+
+def test_the_first_of_two_is_killed(recipe, two):
+    out = recipe.parent / "first"
+    run = Run(recipe, out, processes=2)
+    assert run.signal_when(lambda: run.logged(6), 0)
+    assert_ended_without(run, 0)
     assert Run(recipe, out, processes=2).digest() == two[0]
+    assert losses(out) == two[1]
+
+
+def test_the_other_is_killed_and_its_piece_of_the_newest_checkpoint_damaged(recipe, two):
+    out = recipe.parent / "second"
+    run = Run(recipe, out, processes=2)
+    assert run.signal_when(lambda: 8 in checkpoints(out), 1)
+    assert_ended_without(run, 1)
+    pieces = (out / "checkpoints" / "8" / "state" / "ocdbt.process_1" / "d").iterdir()
+    piece = max(pieces, key=lambda file: file.stat().st_size)
+    content = bytearray(piece.read_bytes())
+    content[len(content) // 2] ^= 1
+    piece.write_bytes(content)
+    again = Run(recipe, out, processes=2)
+    assert again.digest() == two[0]
+    assert "8 is damaged" in again.said(0) and (out / "checkpoints" / "8.damaged").is_dir()
     assert losses(out) == two[1]
 
 
@@ -62,8 +81,7 @@ def test_one_of_four_is_killed_and_two_go_on(recipe, two):
     out = recipe.parent / "four"
     run = Run(recipe, out, processes=4)
     assert run.signal_when(lambda: run.logged(6), 2)
-    codes = wait_for_the_end(run)
-    assert all(codes) and codes[2] == -signal.SIGKILL
+    assert_ended_without(run, 2)
     assert Run(recipe, out, processes=2).digest().startswith("xxh3:")
     assert close(losses(out), two[1]), "other numbers of processes, the same data in the same order"
 
@@ -87,17 +105,3 @@ def test_one_that_fails_says_so_to_all(recipe):
     assert "process 1 of 2 failed: " in run.said(1) and "/nowhere.txt" in run.said(1)
     assert "process 0 of 2 ends, because process 1 of 2 failed: " in run.said(0) and "/nowhere.txt" in run.said(0)
     assert "Traceback" not in run.said(0) + run.said(1)
-
-
-def test_a_damaged_checkpoint_is_left_by_all(recipe, two):
-    out = recipe.parent / "damaged"
-    run = Run(recipe, out, processes=2)
-    assert run.digest() == two[0]
-    piece = max((out / "checkpoints" / "10" / "state").rglob("ocdbt.process_1/d/*"), key=lambda f: f.stat().st_size)
-    content = bytearray(piece.read_bytes())
-    content[len(content) // 2] ^= 1
-    piece.write_bytes(content)
-    again = Run(recipe, out, processes=2)
-    assert again.digest() == two[0]
-    assert "10 is damaged" in again.said(0) and (out / "checkpoints" / "10.damaged").is_dir()
-    assert losses(out) == two[1]
