@@ -6,7 +6,8 @@ pad is. What steers them must be known; where it depends on data, this is assume
 
   routing       balanced: a `top_k` of unknown scores takes the columns in turn, so every expert gets the same
   other devices all alike: what a collective brings from another device is what this one has
-  loops         each round as the first; rounds of a scan are in the program, of a `while` read off its condition
+  loops         each round as the first; rounds of a scan are in the program, of a `while` read off its condition, and
+                of a few rounds each is gone through
   branches      one whose condition is not known counts as its dearest branch
 
 Inside `shard_map` shapes are one device's. Outside, where XLA divides the work, figures are divided by the number of
@@ -29,6 +30,9 @@ from pallas_kernels.analysis.kernel import item_bytes
 from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
 from pallas_kernels.analysis.values import UNKNOWN, known
 from pallas_kernels.analysis.xla_ops import own_traffic
+
+
+_FEW_ROUNDS = 8
 
 
 @dataclasses.dataclass
@@ -184,6 +188,11 @@ class _Count(ProgramWalk):
         rounds = _rounds(p, args[:first], args[second:])
         if rounds is None:
             self.counts.notes["a loop that ends by its data is counted as one round"] = None
+        if rounds is not None and rounds <= _FEW_ROUNDS:  # of experts: what a round meets differs
+            consts, carry = args[first:second], args[second:]
+            for _ in range(rounds):
+                carry = self.run_closed(p["body_jaxpr"], [*consts, *carry])
+            return carry
         with self._repeated(1 if rounds is None else rounds):
             self.run_closed(p["body_jaxpr"], args[first:])
         return [UNKNOWN] * len(eqn.outvars)

@@ -24,6 +24,7 @@ from rich.console import Console
 from glm45_jax.errors import UserError
 from glm45_jax.train import timeline
 from glm45_jax.train.config import TrainConfig, check_keys, model_from, read_tree, to_tree, train_config_from
+from glm45_jax.train.distributed import initialize, is_first
 from glm45_jax.train.loop import OnMetrics, TrainResult, train
 
 _DONE = "finished.json"
@@ -175,7 +176,8 @@ def run_recipe(
     Returns:
       The last stage's result. It is not `finished` where the chain was stopped.
     """
-    console = console or Console(stderr=True)
+    initialize(stages[0].config.distributed)
+    console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
     chosen = list(stages) if only is None else [find_stage(stages, only)]
     for stage in chosen[:-1]:
         if _is_done(stage):
@@ -199,7 +201,7 @@ def _train(stage: Stage, stages: Sequence[Stage], on_metrics: OnMetrics | None, 
         highlight=False,
     )
     result = train(config, on_metrics=on_metrics, console=console)
-    if result.finished and int(result.state.step) == config.steps:
+    if result.finished and int(result.state.step) == config.steps and is_first():
         _mark_done(stage)
     return result
 

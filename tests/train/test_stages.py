@@ -79,16 +79,14 @@ def test_a_chain_is_its_steps_one_after_another(tree, quick_programs):
     assert result.finished and int(result.state.step) == 10
 
     step, first = quick_programs
-    state = jax.device_put(first(_compiled_fields(stages[0].config), None), jax.devices()[0])
+    state = jax.device_put(first(_compiled_fields(stages[0].config), None, None), jax.devices()[0])
     for stage in stages:
         config = stage.config
         data = build_data(config.data, None, timeline.piece_size(config), config.seq_len, config.seed, vocab_size=320)
         for number in range(config.first_step, config.steps):
             now = timeline.at(config, number)
-            parts = [next(data) for _ in range(now.batch_size // timeline.piece_size(config))]
-            batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             with device_in_force(state.params):
-                state, _ = step(state, batch, config=_compiled_fields(now))
+                state, _ = step(state, data.next_batch(now.batch_size), None, config=_compiled_fields(now), mesh=None)
         data.close()
     assert params_digest(state.params) == result.digest()
     counts = [x for x in jax.tree.leaves(result.state.opt_state) if x.dtype == np.int32]
