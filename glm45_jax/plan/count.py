@@ -31,7 +31,6 @@ from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
 from pallas_kernels.analysis.values import UNKNOWN, known
 from pallas_kernels.analysis.xla_ops import own_traffic
 
-
 _FEW_ROUNDS = 8
 
 

@@ -97,6 +97,13 @@ def test_speeds_of_axes_on_a_torus() -> None:
     assert speeds("v5e:16x16", grid(16, 16, 1), (16, 16)) == {"fsdp": 100e9, "expert": 100e9}
 
 
+def test_a_diagonal_has_the_links_of_one_dimension() -> None:
+    """Four chips in the order of a ring: JAX lays meshes on one host so."""
+    ring = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)]
+    assert speeds("v5e:2x2", ring, (2, 2)) == {"fsdp": 50e9, "expert": 50e9}
+    assert speeds("v5e:2x2", ring, (4, 1)) == {"fsdp": 100e9}
+
+
 def test_both_devices_of_a_chip_share_its_links() -> None:
     both = [(x, y, z, c) for x, y, z, c in grid(4, 4, 4, 2)]
     assert speeds("tpu7x:4x4x4", both, (16, 4, 2)) == {"fsdp": 200e9, "expert": 100e9, "tensor": 600e9}
