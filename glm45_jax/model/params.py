@@ -120,7 +120,7 @@ def whole(params: Any, config: ModelConfig, axes: Any, apart: tuple[str, ...] = 
         if cut and "router" not in axes:
             x = x.astype(config.dtype)
         for i, names in cut:
-            x = local.gather(x, names, axis=i)
+            x = local.gather_stored(x, names, axis=i)
         return checkpoint_name(x, WHOLE) if cut else x
 
     return jax.tree.map(one, params, axes)

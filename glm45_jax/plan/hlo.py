@@ -284,7 +284,7 @@ def parse(text: str) -> Program:
                 current = Computation(head[2], {})
                 computations[head[2]] = current
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # a kernel's attributes may go over lines
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _instruction(match[2], match[3], bool(match[1]))

@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from glm45_jax.errors import UserError
-from glm45_jax.parallel import AXES, MeshConfig
+from glm45_jax.parallel import MeshConfig, make_mesh
 from pallas_kernels.analysis.compile import missing_compiler, prepare_environment
 from pallas_kernels.chip import CHIPS, Chip
 
@@ -171,11 +171,8 @@ def _gpus(topology: str) -> Any:
 
 
 def mesh_of(name: str, sizes: MeshConfig) -> Mesh:
-    """The slice's mesh, laid out on its torus as well as JAX can; a dimension may be divided over two mesh axes."""
-    shape = tuple(resolved(sizes, parse_slice(name).devices).values())
-    devices = devices_of(name)
-    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    """The slice's mesh, as a run on it would make it."""
+    return make_mesh(devices_of(name), **resolved(sizes, parse_slice(name).devices))
 
 
 def resolved(sizes: MeshConfig, devices: int) -> dict[str, int]:
