@@ -124,11 +124,14 @@ class Run:
         file = self.out / "metrics.jsonl"
         return file.exists() and f'"step": {step},' in file.read_text()
 
+    def unfinished(self) -> list[str]:
+        """The checkpoints that stand there unfinished."""
+        folder = self.out / "checkpoints"
+        return sorted(p.name for p in folder.glob("*tmp*")) if folder.is_dir() else []
+
     def being_saved(self, after: int = 0) -> bool:
         """A checkpoint stands there unfinished, and `after` whole ones before it."""
-        folder = self.out / "checkpoints"
-        unfinished = folder.is_dir() and any("tmp" in p.name for p in folder.glob("*"))
-        return unfinished and len(checkpoints(self.out)) >= after
+        return bool(self.unfinished()) and len(checkpoints(self.out)) >= after
 
 
 def checkpoints(out: Path) -> list[int]:

@@ -3,25 +3,23 @@
 Rows are sorted by expert and multiplied group by group. Where the experts are cut over mesh axes, rows and experts meet
 in one of two ways, which give the same values and gradients:
 
-  all_to_all  each row travels to the device of its expert, and the answer back. A device's rows for one expert are one
-              piece, which lands behind the other devices' pieces for it: what arrives is sorted already.
+  all_to_all  each row travels to the device of its expert, and the answer back, in rounds (`expert_rounds.py`).
   all_gather  every device gets all tokens of its group, answers for its experts, and the answers are summed. Cheaper
-              for groups of fewer devices than a token has experts, and for the few tokens of decoding.
+              for groups of few devices, and for the few tokens of decoding. Buffers hold the worst case; tokens go in
+              chunks, so that they stay small.
 
-No token is dropped, whatever the router does: buffers hold the worst case. So that they stay small, tokens go in
-chunks, of which two are under way at a time: one's rows travel while the other's are multiplied. In the backward pass
-each chunk computes anew what it needs. With `parallel.expert_capacity` the buffer is as small as that says, and what
-does not fit is dropped and counted.
+No token is dropped, unless `parallel.expert_capacity` says how many rows, in means, a device answers in all_to_all:
+the rest is dropped, and counted.
 
-Axes: T tokens, D model, E experts (e of them on a device), k experts per token, M = T k routed rows, R rows received,
-n devices that share the experts, F expert width.
+Axes: T tokens, D model, E experts (e of them on a device), k experts per token, M = T k routed rows, R of them met
+here, n devices that share the experts, F expert width.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +27,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
+from glm45_jax.model.expert_rounds import dropped_rows, in_rounds, plan_journey, rounds_for
 from glm45_jax.model.layers import recomputed
 from glm45_jax.parallel import local
-from glm45_jax.parallel.exchange import Pieces, exchange
 from glm45_jax.parallel.sharding import as_axes, rules_of
 from pallas_kernels import fused_moe, grouped_matmul, grouped_swiglu
 from pallas_kernels.residuals import keep
@@ -52,9 +50,10 @@ def routed_experts(
     """sum_i weight_i * expert_i(x) over each token's experts; only the routed work is done."""
     matrices = tuple(w[...].astype(x.dtype) for w in (experts.gate, experts.up, experts.down))
     axes = local.live(as_axes(rules_of(config)["experts"]))
-    run = _by_all_to_all if _travels(x, axes, config) else _by_all_gather
+    travels = _travels(x, axes, config)
+    run = _by_all_to_all if travels else _by_all_gather
     step = recomputed(functools.partial(run, config=config, axes=axes))
-    chunks = _chunks(x.shape[0], run, axes, config)
+    chunks = 1 if travels else _chunks(x.shape[0], axes, config)
     if chunks == 1:
         return step(x, indices, weights, matrices, layer)
 
@@ -63,8 +62,7 @@ def routed_experts(
         return dropped + more, answers
 
     split = tuple(a.reshape(chunks, -1, a.shape[1]) for a in (x, indices, weights))
-    none = local.spread_like(jnp.int32(0), x) if run is _by_all_to_all else jnp.int32(0)
-    dropped, answers = jax.lax.scan(chunk, none, split, unroll=2)
+    dropped, answers = jax.lax.scan(chunk, jnp.int32(0), split)
     return answers.reshape(x.shape), dropped
 
 
@@ -84,18 +82,15 @@ def _travels(x: Float[Array, "T D"], axes: tuple[str, ...], config: ModelConfig)
     """Whether rows travel one by one; not where devices of the group have the same tokens."""
     if not axes or local.varying_over(x, axes) != axes or config.parallel.dispatch == "all_gather":
         return False
-    return config.parallel.dispatch == "all_to_all" or local.count(axes) >= config.num_experts_per_tok
+    return config.parallel.dispatch == "all_to_all" or 2 * local.count(axes) >= config.num_experts_per_tok
 
 
-def _chunks(tokens: int, run: Any, axes: tuple[str, ...], config: ModelConfig) -> int:
-    """Into how many chunks the tokens are cut: as few as keep the worst case's rows to twice the mean."""
-    devices = local.count(axes)
+def _chunks(tokens: int, axes: tuple[str, ...], config: ModelConfig) -> int:
+    """Into how many chunks the tokens are cut: as few as keep the worst case's rows to twice the mean of all."""
+    devices, top_k = local.count(axes), config.num_experts_per_tok
     if config.parallel.expert_chunks is not None:
         return math.gcd(config.parallel.expert_chunks, tokens)
-    if devices == 1 or (run is _by_all_to_all and config.parallel.expert_capacity is not None):
-        return 1
-    most = min(config.num_experts_per_tok, config.n_routed_experts // devices)
-    wanted = math.ceil(devices * most / (_MOST_OF_MEAN * config.num_experts_per_tok))
+    wanted = math.ceil(devices * min(top_k, config.n_routed_experts // devices) / (_MOST_OF_MEAN * top_k))
     return next(n for n in range(min(wanted, tokens), tokens + 1) if tokens % n == 0)
 
 
@@ -134,50 +129,20 @@ def _to_their_devices(out: Float[Array, "nT D"], x: Float[Array, "T D"], axes: t
 # --- all_to_all ------------------------------------------------------------------------------------------------------
 
 
-class Journey(NamedTuple):
-    """Where the rows of all devices go."""
-
-    there: Pieces
-    back: Pieces
-    groups: Int[Array, " e"]  # rows of each expert here
-    dropped: Int[Array, ""]  # of this device's rows
-
-
 def _by_all_to_all(x, indices, weights, matrices, layer, *, config: ModelConfig, axes: tuple[str, ...]) -> Answers:
-    top_k, experts, devices = indices.shape[1], config.n_routed_experts, local.count(axes)
-    number = indices.reshape(-1)
+    top_k, number = indices.shape[1], indices.reshape(-1)
     order = keep(jnp.argsort(number, stable=True))
     place = keep(jnp.argsort(order))
-    sizes = keep(jnp.bincount(number, length=experts).astype(jnp.int32))
-    if config.parallel.expert_capacity is None:
-        room = devices * x.shape[0] * min(top_k, experts // devices)
-    else:
-        room = math.ceil(config.parallel.expert_capacity * number.size)
-    journey = plan_journey(sizes, room, axes)
-    there, back = journey.there, journey.back
+    sizes = keep(jnp.bincount(number, length=config.n_routed_experts).astype(jnp.int32))
+    journey = plan_journey(sizes, axes)
+    plan = rounds_for(number.size, axes, config.parallel.expert_chunks, config.parallel.expert_capacity)
+    rows, weights = _dispatch(x, order, place, top_k), _permute(weights.reshape(-1), order, place)
 
-    rows = exchange(_dispatch(x, order, place, top_k), room, there, back, axes)
-    their_weights = exchange(_permute(weights.reshape(-1), order, place), room, there, back, axes)
-    answers = _mlps(rows, their_weights, matrices, journey.groups, layer, config)
-    answers = exchange(answers, number.size, back, there, axes)
-    return _sum_of_choices(_permute(answers, place, order), top_k), journey.dropped
+    def experts(rows, weights, matrices, groups, layer):
+        return _mlps(rows, weights, matrices, groups, layer, config)
 
-
-def plan_journey(sizes: Int[Array, " E"], room: int, axes: tuple[str, ...]) -> Journey:
-    """The pieces of every device from how many rows each has for each expert; what lies past `room` is cut off."""
-    devices, mine = local.count(axes), local.index(axes)
-    counts = jax.lax.all_gather(sizes, axes)  # [n, E]
-    here = counts.shape[1] // devices
-    ours = lambda table: jax.lax.dynamic_slice_in_dim(table, mine * here, here, 1)  # noqa: E731  [n, E] -> [n, e]
-    exclusive = lambda a, axis: jnp.cumsum(a, axis) - a  # noqa: E731
-
-    expert_starts = exclusive(counts.sum(0).reshape(devices, here), 1).reshape(-1)
-    lands = expert_starts + exclusive(counts, 0)  # [n, E]: each piece's first row on the device of its expert
-    sent = jnp.clip(room - lands, 0, counts)
-    held = exclusive(counts, 1)  # [n, E]: its first row on the device that it comes from
-    there = Pieces(held[mine], sent[mine], lands[mine], ours(sent).reshape(-1))
-    back = Pieces(ours(lands).reshape(-1), ours(sent).reshape(-1), ours(held).reshape(-1), sent[mine])
-    return Journey(there, back, ours(sent).sum(0), jnp.sum(sizes - sent[mine]))
+    answers = in_rounds(experts, plan, rows, weights, matrices, journey, layer)
+    return _sum_of_choices(_permute(answers, place, order), top_k), dropped_rows(journey, plan)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, Shaped
-
-from glm45_jax.parallel.local import spread_like
 
 
 class Pieces(NamedTuple):
@@ -28,35 +25,18 @@ class Pieces(NamedTuple):
     received: Int[Array, " nP"]  # rows of each piece that comes in
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 4))
 def exchange(
-    rows: Shaped[Array, "M ..."], num_rows: int, there: Pieces, back: Pieces, axes: tuple[str, ...]
+    rows: Shaped[Array, "M ..."], into: Shaped[Array, "R ..."], pieces: Pieces, axes: tuple[str, ...]
 ) -> Shaped[Array, "R ..."]:
-    """Sends the pieces `there` along `axes`; rows of the `num_rows` received that no piece covers are zero.
-
-    The gradient goes the other way: `back` are the pieces that send what came in to where it came from.
-    """
-    rows = spread_like(rows, *there)
-    send = {"cpu": _padded, "default": jax.lax.ragged_all_to_all}
-    out = spread_like(jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype), rows)
-    run = {name: functools.partial(function, axis_name=axes) for name, function in send.items()}
-    return jax.lax.platform_dependent(rows, out, *there, **run)
+    """Sends pieces of `rows` along mesh axes. Returns `into` with what came in, for which it gives the memory."""
+    run = {
+        name: functools.partial(function, axis_name=axes)
+        for name, function in {"cpu": _padded, "default": jax.lax.ragged_all_to_all}.items()
+    }
+    return jax.lax.platform_dependent(rows, into, *pieces, **run)
 
 
-def _exchange_fwd(rows, num_rows, there, back, axes):
-    return exchange(rows, num_rows, there, back, axes), (there, back, rows.shape[0])
-
-
-def _exchange_bwd(num_rows, axes, residuals, dout):
-    there, back, held = residuals
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (there, back))
-    return exchange(dout, held, back, there, axes), *no_gradient
-
-
-exchange.defvjp(_exchange_fwd, _exchange_bwd)
-
-
-def _padded(rows, out, starts, sizes, targets, received, *, axis_name):
+def _padded(rows, into, starts, sizes, targets, received, *, axis_name):
     """`jax.lax.ragged_all_to_all` by all_to_all, for platforms that lack it: every device sends every row to each.
 
     Beside its rows a device sends where each of them lands, -1 for those that aren't meant for the receiver.
@@ -67,5 +47,5 @@ def _padded(rows, out, starts, sizes, targets, received, *, axis_name):
     lands = jnp.where(inside, targets + place, -1).reshape(rows.shape[0], devices, -1).max(-1)
     to_each = jnp.broadcast_to(rows, (devices, *rows.shape))
     arrived, at = (jax.lax.all_to_all(x, axis_name, 0, 0, tiled=True) for x in (to_each, lands.T))
-    at = jnp.where(at < 0, out.shape[0], at).reshape(-1)
-    return out.at[at].set(arrived.reshape(-1, *rows.shape[1:]), mode="drop")
+    at = jnp.where(at < 0, into.shape[0], at).reshape(-1)
+    return into.at[at].set(arrived.reshape(-1, *rows.shape[1:]), mode="drop")

@@ -6,7 +6,8 @@ pad is. What steers them must be known; where it depends on data, this is assume
 
   routing       balanced: a `top_k` of unknown scores takes the columns in turn, so every expert gets the same
   other devices all alike: what a collective brings from another device is what this one has
-  loops         each round as the first; rounds of a scan are in the program, of a `while` read off its condition
+  loops         each round as the first; rounds of a scan are in the program, of a `while` read off its condition, and
+                of a few rounds each is gone through
   branches      one whose condition is not known counts as its dearest branch
 
 Inside `shard_map` shapes are one device's. Outside, where XLA divides the work, figures are divided by the number of
@@ -29,6 +30,8 @@ from pallas_kernels.analysis.kernel import item_bytes
 from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
 from pallas_kernels.analysis.values import UNKNOWN, known
 from pallas_kernels.analysis.xla_ops import own_traffic
+
+_FEW_ROUNDS = 8
 
 
 @dataclasses.dataclass
@@ -110,6 +113,7 @@ class _Count(ProgramWalk):
         self.devices = devices
         self.times = 1.0
         self.share = 1.0 / devices
+        self.axis_sizes: dict[Any, int] = {}  # of the mesh of the `shard_map` around
         self.counts = Counts()
         alike: dict[str, Callable[..., Any]] = {
             "psum": lambda x, n, p: x * n, "psum_invariant": lambda x, n, p: x * n, "psum2": lambda x, n, p: x * n,
@@ -118,7 +122,7 @@ class _Count(ProgramWalk):
             "reduce_scatter": _scattered, "all_to_all": _exchanged,
         }  # fmt: skip
         self.rules |= {name: self._collective(rule) for name, rule in alike.items()}
-        self.rules |= {"top_k": self._top_k}
+        self.rules |= {"top_k": self._top_k, "ragged_dot_general": self._ragged_dot}
 
     def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
         live = [step.eqn for step in self._live(jaxpr, tuple(used))]
@@ -183,6 +187,11 @@ class _Count(ProgramWalk):
         rounds = _rounds(p, args[:first], args[second:])
         if rounds is None:
             self.counts.notes["a loop that ends by its data is counted as one round"] = None
+        if rounds is not None and rounds <= _FEW_ROUNDS:  # of experts: what a round meets differs
+            consts, carry = args[first:second], args[second:]
+            for _ in range(rounds):
+                carry = self.run_closed(p["body_jaxpr"], [*consts, *carry])
+            return carry
         with self._repeated(1 if rounds is None else rounds):
             self.run_closed(p["body_jaxpr"], args[first:])
         return [UNKNOWN] * len(eqn.outvars)
@@ -198,11 +207,22 @@ class _Count(ProgramWalk):
         return [UNKNOWN] * len(eqn.outvars)
 
     def _shard_map(self, eqn: Any, args: list[Any]) -> list[Any]:
-        before, self.share = self.share, 1.0
+        before = self.share, self.axis_sizes
+        self.share, self.axis_sizes = 1.0, dict(eqn.params["mesh"].shape)
         try:
             return super()._shard_map(eqn, args)
         finally:
-            self.share = before
+            self.share, self.axis_sizes = before
+
+    def _ragged_dot(self, eqn: Any, args: list[Any]) -> list[Any]:
+        """The rows of its groups, where these are known; else all: each row meets one matrix."""
+        lhs, out, sizes = eqn.invars[0].aval, eqn.outvars[0].aval, args[2]
+        whole = 2.0 * math.prod(lhs.shape) * out.shape[-1]
+        if out.ndim == 3:  # a matrix of each group: the rows are what is summed over
+            whole = 2.0 * lhs.shape[0] * math.prod(out.shape[1:])
+        rows = min(1.0, float(np.sum(sizes)) / lhs.shape[0]) if known(sizes) else 1.0
+        self.counts.xla_flops += whole * rows * self.times * self.share
+        return [UNKNOWN]
 
     # --- what is assumed ---------------------------------------------------------------------------------------------
 
@@ -218,7 +238,8 @@ class _Count(ProgramWalk):
 
     def _collective(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         def apply(eqn: Any, args: list[Any]) -> list[Any]:
-            n = _group(eqn)
+            names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+            n = math.prod(self.axis_sizes.get(a, 1) for a in (names if isinstance(names, tuple) else (names,)))
             outs = []
             for x, v in zip(args, eqn.outvars):
                 y = rule(x, n, eqn.params) if known(x) else UNKNOWN
@@ -226,16 +247,6 @@ class _Count(ProgramWalk):
             return outs
 
         return apply
-
-
-def _group(eqn: Any) -> int:
-    """Devices of a collective's group, as far as its operands' shapes say."""
-    p = eqn.params
-    if "axis_size" in p:
-        return int(p["axis_size"])
-    names = p.get("axes", p.get("axis_name", ()))
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(a, 1) for a in (names if isinstance(names, tuple) else (names,)))
 
 
 def _gathered(x: np.ndarray, n: int, p: dict[str, Any]) -> np.ndarray:
@@ -271,7 +282,9 @@ def _rounds(p: dict[str, Any], consts: Sequence[Any], carry: Sequence[Any]) -> i
     tests = [e for e in condition.eqns if e.outvars[0] in condition.outvars]
     if len(tests) != 1 or tests[0].primitive.name not in ("lt", "gt"):
         return None
-    sides = tests[0].invars[:: 1 if tests[0].primitive.name == "lt" else -1]
+    same = {e.outvars[0]: e.invars[0] for e in condition.eqns if e.primitive.name in ("convert_element_type", "pvary")}
+    sides = [same.get(v, v) if not hasattr(v, "val") else v for v in tests[0].invars]
+    sides = sides if tests[0].primitive.name == "lt" else sides[::-1]
     low, high = (np.asarray(v.val) if hasattr(v, "val") else values.get(v, UNKNOWN) for v in sides)
     index = next((i for i, v in enumerate(condition.invars[len(consts) :]) if v is sides[0]), None)
     if index is None or not known(low, high):

@@ -216,7 +216,11 @@ class Program:
         return self._value(start.operands[index], context)
 
     def _value(self, name: str, context: _Context | None) -> int | None:
-        """A scalar integer that does not depend on the run; through calls, fusions and what loops carry unchanged."""
+        """A scalar integer that does not depend on the run; through calls, fusions and what loops carry unchanged.
+
+        Of a maximum of which one side does depend on it, the other side: the least that it can be. A loop over experts'
+        rounds says so how many even loads take.
+        """
         it = context.computation.instructions.get(name) if context else None
         if context is None or it is None:
             return None
@@ -224,11 +228,22 @@ class Program:
             return int(it.argument) if re.fullmatch(r"-?\d+", it.argument) else None
         if it.opcode in ("copy", "convert", "bitcast", "broadcast", "reshape"):
             return self._value(it.operands[0], context)
+        if it.opcode == "maximum":
+            found = [v for v in (self._value(x, context) for x in it.operands) if v is not None]
+            return max(found, default=None)
+        if it.opcode == "fusion" and it.called and it.called[0] in self.computations:
+            inner = self.computations[it.called[0]]
+            return self._value(inner.root.name, _Context(inner, context, it))
         if it.opcode in ("add", "subtract", "multiply"):
             a, b = (self._value(x, context) for x in it.operands)
             return None if a is None or b is None else {"add": a + b, "subtract": a - b}.get(it.opcode, a * b)
         if it.opcode == "parameter" and context.call is not None and context.call.opcode in ("fusion", "call"):
             return self._value(context.call.operands[int(it.argument)], context.caller)
+        made = context.computation.instructions.get(it.operands[0]) if it.opcode == "get-tuple-element" else None
+        if made is not None and made.opcode == "fusion" and made.called and made.called[0] in self.computations:
+            inner = self.computations[made.called[0]]
+            result = inner.root.operands[int(it.attribute("index") or 0)] if inner.root.opcode == "tuple" else ""
+            return self._value(result, _Context(inner, context, made))
         if it.opcode == "get-tuple-element" and context.call is not None and context.call.opcode == "while":
             index, body = int(it.attribute("index") or 0), self.computations.get(context.call.attribute("body") or "")
             if body is not None and context.caller is not None and self._unchanged(body, index):

@@ -109,6 +109,8 @@ def _bytes(program: Program, computation: Computation, it: Instruction) -> float
     if it.opcode == "fusion":
         return _fusion_bytes(program, computation, it)
     operands = _types(computation, it)
+    if it.opcode == "ragged-all-to-all":  # the rows that there are, in one of the two buffers and the other
+        return 2 * min(map(_far, operands[:2]))
     if it.opcode.endswith("-start"):
         return _start_bytes(it, operands)
     if it.opcode in _SLICING:

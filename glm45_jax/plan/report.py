@@ -63,7 +63,7 @@ class Plan:
     Attributes:
       batch: sequences of a step, all devices together.
       flops: of matrix products as they run, what is recomputed and padded included: the kernels' from the jaxpr, XLA's
-        own from the compiled program, without one from the jaxpr too.
+        own from the compiled program, without one, and for GPUs, from the jaxpr too.
       bytes: of main memory read and written; from the same places.
       jaxpr_flops, jaxpr_bytes: all of it from the jaxpr. FLOPs differ from `flops` by what XLA does on several devices
         over again, or does not do after all; these bytes are a rough estimate.
@@ -179,7 +179,9 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
     # what is compiled is what runs; kernels are opaque to the compiler, and the walk knows them
     xla_flops, xla_bytes = counts.xla_flops, counts.xla_bytes
     if built and built.hlo:
-        xla_flops, xla_bytes = matrix_flops(built.hlo), memory_bytes(built.hlo)
+        xla_bytes = memory_bytes(built.hlo)
+        if where.platform == "tpu":  # a GPU's products are calls of cuBLAS by then
+            xla_flops = matrix_flops(built.hlo)
     notes = [*counts.notes, *(built.hlo.notes if built and built.hlo else ())]
     if built and built.hlo is None:
         notes.append("it does not fit: no program, so no collectives in the figures")

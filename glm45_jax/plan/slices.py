@@ -10,10 +10,14 @@ the DGX H100 guide for NVLink (900 GB/s, both directions) and one 400 Gb/s adapt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -132,7 +136,8 @@ def devices_of(name: str) -> tuple[Any, ...]:
     prepare_environment()
     try:
         if wanted.platform == "tpu":
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            with _hushed():
+                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
         else:
             hosts = -(-wanted.devices // _HOST)
             found = _gpus(f"1x{hosts}x{wanted.devices // hosts}")
@@ -143,6 +148,20 @@ def devices_of(name: str) -> tuple[Any, ...]:
             f"slice {name!r} has {len(found.devices)} devices for the compiler, {wanted.devices} were expected"
         )
     return tuple(found.devices)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what libtpu, as it is loaded, writes to stderr about there being no TPU."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _gpus(topology: str) -> Any:
@@ -217,7 +236,10 @@ def _torus_speed(where: Slice, line: Any) -> float:
     hardware = where.hardware
     on_chip = {d.core_on_chip for d in line}
     stretches = [s for s in _stretches(where, [tuple(d.coords) for d in line]) if s.size > 1]
-    links = sum(s.links() for s in stretches)
+    each = [s.links() for s in stretches]
+    # a diagonal goes along two dimensions with the links of one
+    full = math.prod(s.size for s in stretches) * len(on_chip) == len(line)
+    links = sum(each) if full else min(each)
     # both devices of a chip use its links, at the same time
     speed = links * hardware.link_bytes_per_s / hardware.devices_per_chip
     return hardware.core_bytes_per_s if len(on_chip) > 1 and not stretches else speed

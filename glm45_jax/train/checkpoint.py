@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -129,7 +130,8 @@ class Checkpoints:
         if is_first():
             for folder, why in failures.items():
                 logger.warning("%s is damaged (%s): the checkpoint before it is used", folder, why)
-                folder.rename(folder.with_name(folder.name + ".damaged"))
+                names = (f"{folder.name}.damaged{n or ''}" for n in itertools.count())
+                folder.rename(next(new for name in names if not (new := folder.with_name(name)).exists()))
         gather(None)  # none looks before all are moved
         if failures:
             self._manager.reload()

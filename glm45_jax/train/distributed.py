@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -25,7 +26,8 @@ from glm45_jax.errors import UserError
 
 _FAILURE = "glm45_jax/failure"  # key in the coordination service
 _LOOK_EVERY = 1.0  # seconds
-_LINGER = 3.0  # seconds in which the others can read why, before the coordinator's process is gone
+_OF_OTHERS = ("Gloo", "gloo", "NCCL", "peer", "heartbeat", "Barrier", "barrier")  # in errors of a broken collective
+_LINGER = 3.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,7 @@ def ending_together(config: DistributedConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        over.set()
         _leave(error)
     over.set()
     watch.join()
@@ -198,30 +201,25 @@ def _leave(error: BaseException) -> NoReturn:
     earlier = _read_failure()
     if earlier is not None:
         _exit(1, f"{_who()} ends, because {earlier}")
+    code, reason = 1, f"failed: {type(error).__name__}: {str(error)[:500]}"
     if isinstance(error, KeyboardInterrupt):
         code, reason = 130, "was interrupted"
     elif isinstance(error, UserError):
         code, reason = 2, f"failed: {error}"
+    elif any(word in reason for word in _OF_OTHERS):
+        reason = f"lost its connection to another process, which must have ended; see what that one said last. {reason}"
     else:
-        import traceback
-
         traceback.print_exception(error)
-        code, reason = 1, f"failed: {type(error).__name__}: {str(error)[:500]}"
-        if _of_others(reason):
-            reason += "\nThis is how it looks when another process is gone: see what that one said last"
     _write_failure(f"{_who()} {reason}")
     print(f"glm45: {_who()} {reason}", file=sys.stderr, flush=True)
-    time.sleep(_LINGER)
     _exit(code, "the same command, given to every process, goes on from the newest checkpoint")
-
-
-def _of_others(reason: str) -> bool:
-    return any(word in reason for word in ("Gloo", "gloo", "NCCL", "peer", "Connection", "heartbeat", "barrier"))
 
 
 def _exit(code: int, text: str) -> NoReturn:
     print(f"glm45: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if is_first():
+        time.sleep(_LINGER)  # without the coordinator's process jax aborts the others before they have read why
     os._exit(code)  # past jax's shutdown, which waits for processes that are gone
 
 

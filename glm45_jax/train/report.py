@@ -77,10 +77,9 @@ class Reporter:
         values |= {"seconds": self.clock.seconds, "goodput": self.clock.goodput}
         self.write(step, values)
         left = (self._steps - step) * (now - then) / max(step - since, 1)
-        shown = (
-            f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {_duration(left)} left"
-            + f"  {values['skipped']:.0f} skipped" * (values.get("skipped", 0) > 0)
-        )
+        shown = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {_duration(left)} left"
+        if values.get("skipped"):
+            shown += f"  {values['skipped']:.0f} skipped"
         self._progress.update(self._task, completed=step, shown=shown)
         if not self._console.is_terminal:
             self.say(f"step {step}/{self._steps}  {shown}")

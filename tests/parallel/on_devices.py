@@ -1,6 +1,6 @@
 """The model on meshes of eight CPU devices against one device. Run by test_spread.py in a process that has eight.
 
-    python -m tests.parallel.on_devices CASE...    prints one JSON object a case
+python -m tests.parallel.on_devices CASE...    prints one JSON object a case
 """
 
 from __future__ import annotations
@@ -93,12 +93,9 @@ def alone(config: ModelConfig, rows: int) -> Any:
 
 def training(case: Case) -> dict[str, Any]:
     """How far gradients and metrics on the mesh are from those on one device, and the step's collectives."""
-    config, rows = config_of(case), BATCH * case.accumulation * (5 if "expert" in case.mesh and FIVE == case.model else 1)
-    rows = 10 if case.model == FIVE else BATCH * case.accumulation
+    config, rows = config_of(case), 10 if case.model == FIVE else BATCH * case.accumulation
     spread = config.replace(parallel=ParallelConfig(**case.parallel))
-    train = TrainConfig(
-        model=spread, steps=1, batch_size=rows, seq_len=LENGTH, accumulation=case.accumulation
-    )  # fmt: skip
+    train = TrainConfig(model=spread, steps=1, batch_size=rows, seq_len=LENGTH, accumulation=case.accumulation)
     mesh = mesh_of(case)
     params, batch = random_params(config), packed_batch(config, rows)
     with jax.set_mesh(mesh):

@@ -39,6 +39,15 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def run_config(corpus, tmp_path):
     """A run of twelve steps with the MTP layer, checkpoints every four, in a folder of this test."""
+    return _run_config(corpus, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_config_of_module(corpus, tmp_path_factory):
+    return _run_config(corpus, tmp_path_factory.mktemp("run"))
+
+
+def _run_config(corpus, folder):
     model = get_preset(
         "tiny", hidden_size=32, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, n_routed_experts=4
     )
@@ -49,7 +58,7 @@ def run_config(corpus, tmp_path):
         seq_len=32,
         optimizer=OptimizerConfig(learning_rate=0.01, min_learning_rate=0.001, warmup_steps=2),
         data=DataConfig(sources=(SourceConfig(path=(str(corpus),)),)),
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder / "run"),
         log_every=1,
         save_every=4,
         keep=2,

@@ -48,6 +48,19 @@ def reference(run_config):
     return result.digest(), losses(run_config)
 
 
+def test_a_trace_of_some_steps_and_the_goodput(run_config):
+    seen = []
+    config = run_config.replace(steps=4, profile_steps=(2, 3))
+    train(config, on_metrics=lambda step, _: seen.append((step, len(traces(config)))))
+    assert seen == [(1, 0), (2, 0), (3, 1), (4, 1)], "written behind its last step"
+    shares = [m["goodput"] for m in read_metrics(config.output_dir)]
+    assert shares[0] == 0 < shares[-1] < 1, "the first step is compilation"
+
+
+def traces(config):
+    return list((Path(config.output_dir) / "profile").rglob("*.xplane.pb"))
+
+
 def test_learns(reference):
     _, curve = reference
     assert [step for step, _ in curve] == list(range(1, 13))
