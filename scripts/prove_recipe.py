@@ -194,9 +194,9 @@ def language(proof: Proof, files: dict[str, Path]) -> dict[str, Any]:
 # --- short runs ------------------------------------------------------------------------------------------------------
 
 
-def short_run(proof: Proof, files: dict[str, Path], name: str, **changes: Any) -> dict[str, Any]:
+def short_run(proof: Proof, files: dict[str, Path], run: str, **changes: Any) -> dict[str, Any]:
     """A run of the recipe's first stage with another setting: its losses, and the last steps' loads of each layer."""
-    folder = proof.work / name
+    folder = proof.work / run
     kept = folder / "kept.json"
     if kept.exists():
         return json.loads(kept.read_text("utf-8"))
@@ -307,7 +307,7 @@ def main(proof: Proof) -> None:
         "not so without the biases": max(loads["without"]) > 1.5,
         "muon in fewer steps": (results["muon"]["muon_reaches_adamws_last_loss_at_step"] or proof.steps) < proof.steps,
     }
-    results["promises_kept"] = promises
+    results["promises_kept"] = promises = {name: bool(kept) for name, kept in promises.items()}
     print(json.dumps({key: results[key] for key in ("muon", "balance", "promises_kept")}, indent=2))
     write(results, proof.json)
     sys.exit(0 if all(promises.values()) else 1)
