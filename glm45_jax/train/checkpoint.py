@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import xxhash
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from glm45_jax.config import ModelConfig
@@ -149,7 +150,7 @@ def _for_all(read: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    about = ocp.JsonCheckpointHandler().restore(folder.absolute() / "about")
+    about = dict(ocp.JsonCheckpointHandler().restore(epath.Path(folder.absolute() / "about")))
     digest = about.pop("digest", None)
     if digest != _digest_of(about):
         raise ValueError("about/metadata is not what was written")
@@ -158,7 +159,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _read_state(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     # By the handler itself: the manager's restore has barriers, at which one that fails leaves the others waiting.
-    return ocp.StandardCheckpointHandler().restore(folder.absolute() / "state", args=ocp.args.StandardRestore(like))
+    return ocp.StandardCheckpointHandler().restore(
+        epath.Path(folder.absolute() / "state"), args=ocp.args.StandardRestore(like)
+    )
 
 
 def _digest_of(about: dict[str, Any]) -> str:

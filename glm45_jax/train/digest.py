@@ -31,7 +31,7 @@ def array_digests(tree: Any) -> dict[str, str]:
     sums = {i: np.sum(parts, axis=0, dtype=np.uint32) for i, parts in zip(on_host, everywhere)}
     # One after another: programs with collectives that overlap can starve one another of threads.
     sums |= {i: jax.device_get(_sums_on_devices(x)) for i, (_, x) in enumerate(leaves) if i not in on_host}
-    digests = ("".join(f"{int(half):08x}" for half in sums[i]) for i in range(len(leaves)))
+    digests = ("".join(f"{half:08x}" for half in np.asarray(sums[i]).tolist()) for i in range(len(leaves)))
     return {jax.tree_util.keystr(path): digest for (path, _), digest in zip(leaves, digests)}
 
 

