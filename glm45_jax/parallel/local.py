@@ -22,6 +22,7 @@ Names = str | tuple[str, ...]
 
 BATCH_AXES = ("data", "pipeline", "fsdp", "expert")  # cut the batch
 SEQUENCE_AXES = ("context", "tensor")  # cut the sequence between the layers' products
+_LANES = 128  # of a TPU's tile
 
 
 def live(names: Names = AXES) -> tuple[str, ...]:
@@ -78,13 +79,17 @@ def gather(x: Array, names: Names, axis: int) -> Array:
 
 
 def gather_stored(x: Array, names: Names, axis: int) -> Array:
-    """`gather` of a weight. Pieces arrive one behind the other and are put side by side here: gathering narrow ones
-    side by side, XLA for TPU would add up padded arrays, which is twice the bytes."""
-    axes = varying_over(x, names)
-    if not axes or axis == 0:
-        return gather(x, names, axis)
-    pieces = jnp.moveaxis(jax.lax.all_gather(x, axes), 0, axis)
-    return pieces.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    """`gather` of a weight, axis by axis, in a form that XLA for TPU takes as it is meant.
+
+    Pieces lie one behind the other on a leading axis that no tile crosses, and are put side by side here. In any other
+    form, or over more than two dimensions of the torus at once, the gradient's scattered sum becomes an all-reduce, and
+    a gather of narrow pieces a sum of padded arrays: twice the bytes.
+    """
+    for name in reversed(varying_over(x, names)):
+        rows = x.reshape(-1, _LANES) if x.size % _LANES == 0 else x.reshape(1, -1)
+        pieces = jnp.moveaxis(jax.lax.all_gather(rows, name).reshape(-1, *x.shape), 0, axis)
+        x = pieces.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return x
 
 
 def total(x: Any, names: Names = AXES) -> Any:

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     parallel: dict[str, Any] = {}  # noqa: RUF012
     model: dict[str, Any] = {}  # noqa: RUF012
     accumulation: int = 1
+    skewed: bool = False  # every token to the experts of one device
 
 
 A2A, RING = {"dispatch": "all_to_all"}, {"dispatch": "all_gather"}
@@ -43,6 +44,7 @@ CASES = {
     "ring": Case({"expert": 4}, RING),
     "a2a-chunks": Case({"fsdp": 2, "expert": 4}, {**A2A, "expert_chunks": 4}, accumulation=2),
     "a2a-narrow": Case({"expert": 8}, A2A, {"remat": "none"}),
+    "a2a-skewed": Case({"expert": 4}, {**A2A, "expert_chunks": 3}, skewed=True),
     "five": Case({"expert": 5}, A2A, FIVE),
     "five-ring": Case({"expert": 5}, RING, FIVE),
     "tensor": Case({"tensor": 4}, {}, {"remat": "save_block_outputs"}),
@@ -84,11 +86,19 @@ def packed_batch(config: ModelConfig, rows: int) -> dict[str, jax.Array]:
     }
 
 
+def params_of(config: ModelConfig, skewed: bool) -> Any:
+    def skew(path: Any, x: jax.Array) -> jax.Array:
+        return x.at[..., :2].add(100.0) if "router" in jax.tree_util.keystr(path) and x.shape[-1] == 8 else x
+
+    params = random_params(config)
+    return jax.tree_util.tree_map_with_path(skew, params) if skewed else params
+
+
 @functools.cache
-def alone(config: ModelConfig, rows: int) -> Any:
+def alone(config: ModelConfig, rows: int, skewed: bool) -> Any:
     """Gradients and metrics on one device."""
     train = TrainConfig(model=config, steps=1, batch_size=rows, seq_len=LENGTH)
-    return quick_jit(lambda p, b: gradients(p, b, train))(random_params(config), packed_batch(config, rows))
+    return quick_jit(lambda p, b: gradients(p, b, train))(params_of(config, skewed), packed_batch(config, rows))
 
 
 def training(case: Case) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def training(case: Case) -> dict[str, Any]:
     spread = config.replace(parallel=ParallelConfig(**case.parallel))
     train = TrainConfig(model=spread, steps=1, batch_size=rows, seq_len=LENGTH, accumulation=case.accumulation)
     mesh = mesh_of(case)
-    params, batch = random_params(config), packed_batch(config, rows)
+    params, batch = params_of(config, case.skewed), packed_batch(config, rows)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(spread, mesh))
         step = quick_jit(lambda p, b: gradients(p, b, train))
@@ -106,7 +116,7 @@ def training(case: Case) -> dict[str, Any]:
     shardings = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), got[0], placed)
     counts = count_collectives(lowered.as_text(), mesh)
     return {
-        "errors": errors(alone(config, rows), got),
+        "errors": errors(alone(config, rows, case.skewed), got),
         "gradients_lie_as_params": all(jax.tree.leaves(shardings)),
         "collectives": {f"{kind} {'+'.join(axes)}": n for (kind, axes), n in counts.items()},
     }
@@ -185,7 +195,22 @@ def decoding(rows: int, serving: bool, **mesh: int) -> dict[str, Any]:
     }
 
 
+def dropping() -> dict[str, Any]:
+    """Choices dropped at half the mean load, and how many more than that the devices' experts were chosen for."""
+    config = small_config().replace(parallel=ParallelConfig(dispatch="all_to_all", expert_capacity=0.5))
+    on = make_mesh(jax.devices()[:4], expert=4)
+    tokens = packed_batch(config, 8)["tokens"]
+    with jax.set_mesh(on):
+        placed = jax.device_put(random_params(config), param_shardings(config, on))
+        router = quick_jit(lambda p: glm.forward(p, config, tokens, collect=("router",)).router)(placed)
+    per_device = config.n_routed_experts // 4
+    loads = np.stack([np.bincount(np.ravel(i) // per_device, minlength=4) for i in np.asarray(router.indices)])
+    room = math.ceil(0.5 * tokens.size * config.num_experts_per_tok / 4)
+    return {"errors": {}, "dropped": router.dropped.tolist(), "expected": np.maximum(loads - room, 0).sum(1).tolist()}
+
+
 OTHERS = {
+    "dropping": dropping,
     "forward-odd": lambda: forward_of(3, 13, fsdp=2, tensor=2),
     "forward-context": lambda: forward_of(3, 13, expert=2, context=2),
     "forward-pipeline": lambda: forward_of(5, 16, pipeline=2),
@@ -196,6 +221,6 @@ OTHERS = {
 }
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    for name in sys.argv[1:] or (*CASES, *OTHERS):
         result = training(CASES[name]) if name in CASES else OTHERS[name]()
         print(json.dumps({"case": name, **result}), flush=True)

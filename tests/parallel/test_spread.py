@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ import pytest
 from tests.parallel.on_devices import CASES, OTHERS
 from tests.support import ROOT
 
+# What each program asks for, of each kind over each set of axes: one line a case. If a change of it is meant, put the
+# case's new line in; it is in the failure's message.
+COLLECTIVES = json.loads((Path(__file__).parent / "collectives.json").read_text())
 QUICK = ("a2a-chunks", "context-tensor", "pipeline-rounds", "decode")
 TOLERANCE = 2e-5  # float32, sums in another order
 
@@ -48,3 +52,15 @@ def test_values_are_those_of_one_device(name: str) -> None:
 @pytest.mark.parametrize("name", cases(CASES))
 def test_gradients_lie_as_parameters(name: str) -> None:
     assert result(name)["gradients_lie_as_params"]
+
+
+@pytest.mark.parametrize("name", cases(COLLECTIVES))
+def test_collectives_are_those_that_are_meant(name: str) -> None:
+    found = result(name)["collectives"]
+    assert found == COLLECTIVES[name], json.dumps({name: found})
+
+
+@pytest.mark.slow
+def test_what_finds_no_room_is_dropped_and_counted() -> None:
+    found = result("dropping")
+    assert found["dropped"] == found["expected"] and sum(found["dropped"]) > 0
