@@ -40,15 +40,12 @@ A2A, RING = {"dispatch": "all_to_all"}, {"dispatch": "all_gather"}
 FIVE = {"hidden_size": 40, "n_routed_experts": 10, "head_dim": 8}
 CASES = {
     "fsdp": Case({"data": 2, "fsdp": 2}, accumulation=2),
-    "a2a": Case({"expert": 4}, A2A),
     "ring": Case({"expert": 4}, RING),
     "a2a-chunks": Case({"fsdp": 2, "expert": 4}, {**A2A, "expert_chunks": 4}, accumulation=2),
-    "a2a-narrow": Case({"expert": 8}, A2A, {"remat": "none"}),
+    "a2a-narrow": Case({"expert": 8}, A2A, {"remat": "none", "mtp_own_head": True, "mtp_own_embed": True}),
     "a2a-skewed": Case({"expert": 4}, {**A2A, "expert_chunks": 3}, skewed=True),
     "five": Case({"expert": 5}, A2A, FIVE),
-    "five-ring": Case({"expert": 5}, RING, FIVE),
-    "tensor": Case({"tensor": 4}, {}, {"remat": "save_block_outputs"}),
-    "tensor-kv": Case({"tensor": 8}, A2A, {"num_attention_heads": 8}),
+    "tensor-kv": Case({"tensor": 8}, A2A, {"num_attention_heads": 8, "remat": "save_block_outputs"}),
     "context": Case({"context": 4}),
     "context-tensor": Case({"fsdp": 2, "context": 2, "tensor": 2}, A2A),
     "data-expert-context": Case({"data": 2, "expert": 2, "context": 2}, A2A),
@@ -59,8 +56,7 @@ CASES = {
     ),
     "pipeline-tensor": Case({"pipeline": 4, "tensor": 2}, {}, {"num_hidden_layers": 6}),
     "pipeline-context": Case({"pipeline": 2, "context": 2, "expert": 2}, A2A, {"tie_word_embeddings": True}),
-    "groups": Case({"fsdp": 2, "expert": 2}, A2A, {"n_group": 4, "topk_group": 2, "mtp_own_head": True}),
-    "untied-mtp": Case({"fsdp": 4}, {}, {"mtp_own_head": True, "mtp_own_embed": True, "n_shared_experts": 0}),
+    "groups": Case({"fsdp": 2, "expert": 2}, {}, {"n_group": 4, "topk_group": 2, "n_shared_experts": 0}),
 }
 
 
@@ -213,11 +209,9 @@ OTHERS = {
     "dropping": dropping,
     "forward-odd": lambda: forward_of(3, 13, fsdp=2, tensor=2),
     "forward-context": lambda: forward_of(3, 13, expert=2, context=2),
-    "forward-pipeline": lambda: forward_of(5, 16, pipeline=2),
     "decode": lambda: decoding(8, True, data=2, expert=2, tensor=2),
     "decode-few-rows": lambda: decoding(1, True, expert=2, tensor=4),
-    "decode-training-rules": lambda: decoding(8, False, fsdp=2, expert=2, tensor=2),
-    "decode-context": lambda: decoding(4, True, context=2, expert=2),
+    "decode-training-rules": lambda: decoding(8, False, fsdp=2, context=2, tensor=2),
 }
 
 if __name__ == "__main__":
