@@ -206,6 +206,11 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes)]
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether it tells of another process that is gone, by way of an operation that needed it."""
+    return jax.process_count() > 1 and any(word in str(error) for word in _OF_OTHERS)
+
+
 # --- one fails, all end --------------------------------------------------------------------------------------------
 
 
@@ -249,7 +254,7 @@ def _leave(error: BaseException) -> NoReturn:
         code, reason = 130, "was interrupted"
     elif isinstance(error, UserError):
         code, reason = 2, f"failed: {error}"
-    elif any(word in reason for word in _OF_OTHERS):
+    elif lost_another(error):
         reason = f"lost its connection to another process, which must have ended; see what that one said last. {reason}"
     else:
         traceback.print_exception(error)
