@@ -29,8 +29,8 @@ class ParallelConfig:
 
     rules: tuple[tuple[str, ...], ...] = ()  # changes to `parallel.RULES`: a logical axis, then its mesh axes (or none)
     dispatch: Literal["auto", "all_to_all", "all_gather"] = "auto"  # how tokens reach the devices of their experts
-    expert_chunks: int | None = None  # of all_to_all: pieces of a device's tokens, one after another; None: by memory
-    expert_capacity: float | None = None  # of all_to_all: rows received, in means; None: no token is ever dropped
+    expert_chunks: int | None = None  # in how many parts a device's routed rows go; None: by memory
+    expert_capacity: float | None = None  # of all_to_all: rows a device answers, in means; None: none is ever dropped
     microbatches: int | None = None  # of a pipeline; None: as many as it has stages
     pipeline_repeats: int = 1  # rounds of a circular pipeline, in each of which a stage has some of its layers
 

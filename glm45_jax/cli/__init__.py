@@ -17,8 +17,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "continue a prompt"),
     "chat": ("chat", "talk with a model in the terminal"),
     "train": ("train", "train a model from a YAML file"),
+    "tokenize": ("tokenize", "text to ArrayRecord files of tokens, once for many runs"),
     "bench": ("bench", "time the kernels on the device at hand"),
-    "plan": ("plan", "kernels compiled for chips that are not there: bytes, slots, memory"),
+    "plan": ("plan", "steps and kernels compiled for chips that are not there: memory, FLOPs, time"),
     "quickstart": ("quickstart", "train, convert and question a small model, in minutes on a laptop"),
 }
 

@@ -124,7 +124,19 @@ def _table(op: str, reports: list[Report]) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    args = tyro.extras.subcommand_cli_from_dict({"kernels": Kernels}, args=argv, prog="glm45 plan")
+    from glm45_jax.cli import plan_steps
+
+    commands = {
+        "train": plan_steps.Train,
+        "prefill": plan_steps.Prefill,
+        "decode": plan_steps.Decode,
+        "kernels": Kernels,
+    }
+    args = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="glm45 plan")
+    return _kernels(args) if isinstance(args, Kernels) else plan_steps.main(args)
+
+
+def _kernels(args: Kernels) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: whatever devices are here are left alone
     from glm45_jax.config import PRESETS
     from pallas_kernels.analysis.compile import missing_compiler, prepare_environment

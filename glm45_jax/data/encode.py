@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from glm45_jax.data.fim import Cuts
 from glm45_jax.data.sources import Record, RecordError
 from glm45_jax.errors import UserError
 from glm45_jax.text import PAD_TOKEN, Tokenizer
@@ -29,6 +30,7 @@ def encode_record(
     append_eos: bool = True,
     loss_on: str = "assistant",
     vocab_size: int | None = None,
+    cuts: Cuts | None = None,
 ) -> Encoded:
     """Tokens of a record and, for each, whether it is a target.
 
@@ -39,6 +41,7 @@ def encode_record(
       append_eos: `<|endoftext|>` after a document of text.
       loss_on: of conversations, "assistant" or "all".
       vocab_size: ids from here on are refused; the tokenizer's by default.
+      cuts: turn a document (not a conversation) round here, to be filled in the middle.
 
     Raises:
       RecordError: the record has none or several of these fields, or one of another form.
@@ -48,13 +51,16 @@ def encode_record(
         found = ", ".join(map(repr, fields or record)) or "nothing"
         raise RecordError(f"expected one of the fields {', '.join(map(repr, _FIELDS))}, found {found}")
     if fields == ["tokens"]:
-        return _given_tokens(record, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+        given = _given_tokens(record, vocab_size or (tokenizer.vocab_size if tokenizer else None))
+        if cuts is None or tokenizer is None or not given[1].all():
+            return given
+        return _all_targets(cuts.encode_tokens(given[0].tolist(), tokenizer))
     if tokenizer is None:
         raise RecordError(f"{fields[0]!r} needs a tokenizer, and this run has none")
     try:
         if fields == ["messages"]:
             return _chat(record, tokenizer, loss_on)
-        return _document(record, tokenizer, append_eos)
+        return _document(record, tokenizer, append_eos, cuts)
     except UserError as error:
         raise RecordError(str(error)) from error
 
@@ -75,14 +81,18 @@ def _given_tokens(record: Record, vocab_size: int | None) -> Encoded:
     return tokens.astype(np.int32), mask.astype(bool)
 
 
-def _document(record: Record, tokenizer: Tokenizer, append_eos: bool) -> Encoded:
+def _document(record: Record, tokenizer: Tokenizer, append_eos: bool, cuts: Cuts | None) -> Encoded:
     text = record["text"]
     if not isinstance(text, str):
         raise RecordError(f"'text' must be a string, found {type(text).__name__}")
     # A corpus that mentions <|user|> does not start a turn.
-    tokens = tokenizer.encode(text, allow_special=False)
+    tokens = tokenizer.encode(text, allow_special=False) if cuts is None or not text else cuts.encode(text, tokenizer)
     if append_eos and tokens and record.get("complete", True):
         tokens = [*tokens, tokenizer.token_id(PAD_TOKEN)]
+    return _all_targets(tokens)
+
+
+def _all_targets(tokens: Sequence[int]) -> Encoded:
     return np.asarray(tokens, np.int32), np.ones(len(tokens), bool)
 
 

@@ -1,46 +1,69 @@
-"""From sources to batches: shuffle, tokenise, pack, mix and batch, as one grain pipeline whose position can be saved.
+"""From sources to batches, by logical shards: identical for any number of processes, and for a run that stops.
 
-Each source is shuffled anew in every epoch, tokenised on the fly and packed into rows by itself; the mixture then
-draws rows in proportion to the weights, which so are shares of tokens, whatever the documents' lengths. The order
-depends on the seed alone, and a saved state continues it with no record repeated or left out.
+The stream is cut into a fixed number of shards, each with its own order, packer, mixture and state (`shard.py`). A
+process reads whole shards; of a batch of B rows, shard s of S gives rows s B/S to (s + 1) B/S. A saved state holds
+each shard's place, whoever reads it, so that another number of processes goes on with the very same batches.
 
 Axes: B batch, S sequence.
 """
 
 from __future__ import annotations
 
-import threading
+import json
+import logging
+import math
+import os
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from grain.experimental import (
-    BestFitPackIterDataset,
-    ConcatThenSplitIterDataset,
-    FlatMapIterDataset,
-    FlatMapTransform,
-    ThreadPrefetchIterDataset,
-)
+from grain.experimental import ThreadPrefetchIterDataset
 
-from glm45_jax.data.config import DataConfig, SourceConfig
-from glm45_jax.data.encode import encode_record
-from glm45_jax.data.sources import RecordError, Source, fingerprint, open_source
+from glm45_jax.data.config import DataConfig
+from glm45_jax.data.records import TokenRecords, unsigned
+from glm45_jax.data.shard import Row, ShardRows
+from glm45_jax.data.sources import fingerprint
 from glm45_jax.errors import UserError
 from glm45_jax.text import Tokenizer
 
 Batch = dict[str, np.ndarray]
-Row = dict[str, np.ndarray]
+State = dict[str, Any]
 
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-_PACKING_TOKENS = 1 << 20  # rows that best-fit packing fills at a time hold this many tokens in all
-_WAYS_TO_SPLIT = 1 << 20
+_SHARDS_AT_MOST = 64
+
+logger = logging.getLogger(__name__)
+
+
+def count_shards(config: DataConfig, batch_sizes: int | Iterable[int]) -> int:
+    """The number of logical shards of a run with these batch sizes.
+
+    Raises:
+      UserError: `config.shards` does not divide one of them.
+    """
+    sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
+    if config.shards is None:
+        common = math.gcd(*sizes)
+        return max(n for n in range(1, min(common, _SHARDS_AT_MOST) + 1) if common % n == 0)
+    for size in sizes:
+        _check_divides(config.shards, size)
+    return config.shards
+
+
+def owned_shards(shards: int, process: int, processes: int) -> range:
+    """The shards of one of several processes, in equal runs: the rows of a batch that is cut into as many parts."""
+    if shards % processes:
+        raise UserError(
+            f"{shards} data shards cannot be dealt to {processes} processes in equal parts: set data.shards to a "
+            "multiple of the number of processes"
+        )
+    return range(process * shards // processes, (process + 1) * shards // processes)
 
 
 def build_data(
     config: DataConfig, tokenizer: Tokenizer | None, batch_size: int, seq_len: int, seed: int = 0, *,
-    vocab_size: int | None = None,
+    vocab_size: int | None = None, shards: Collection[int] | None = None,
 ) -> BatchIterator:  # fmt: skip
     """Batches of `config`, from the beginning.
 
@@ -50,199 +73,231 @@ def build_data(
 
     Args:
       tokenizer: None where every source holds tokens already.
+      batch_size: rows of a batch, of all processes together; `next_batch` can take another for one batch.
       vocab_size: ids in the data from here on are refused; the tokenizer's by default.
+      shards: the logical shards to read, of the `count_shards(config, batch_size)` that there are; None for all. A
+        batch then holds their rows alone, in the order of the shards' numbers.
 
     Raises:
       UserError: a source has no records or cannot be read. While iterating: a bad record, by file and line.
     """
     if batch_size < 1 or seq_len < 2:
         raise UserError(f"batches of {batch_size} x {seq_len} tokens: need at least 1 row of 2 tokens")
-    records = [_TokenRecords(source, tokenizer, config, vocab_size, seq_len) for source in config.sources]
-    rows = [
-        _packed_rows(tokens, source, config, seq_len, _seed(seed, i), tokenizer.pad_id if tokenizer else 0)
-        for i, (tokens, source) in enumerate(zip(records, config.sources))
+    count = count_shards(config, batch_size)
+    owned = sorted(range(count) if shards is None else set(shards))
+    if not owned or not 0 <= owned[0] <= owned[-1] < count:
+        raise UserError(f"data shards {owned}: there are {count}, 0 to {count - 1}, and a process reads at least one")
+    records = [
+        TokenRecords(source, i, tokenizer, config, vocab_size, seq_len, seed) for i, source in enumerate(config.sources)
     ]
-    mixed = rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, [source.weight for source in config.sources])
-    batches = mixed.map(_finish).batch(batch_size, drop_remainder=True)
-    if config.prefetch:
-        batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
-    digest = [fingerprint(source) for source in config.sources]
-    settings = f"{digest} shuffle={config.shuffle} seq_len={seq_len} seed={seed}"
-    return BatchIterator(iter(batches), settings, records)
+    pad_id = tokenizer.pad_id if tokenizer else 0
+    # Each shard has a thread that reads ahead; where they are few, more threads tokenise for each.
+    threads = max(0, (os.cpu_count() or 1) // len(owned) - 1) if config.prefetch else 0
+    rows_ahead = config.prefetch * batch_size // count
+    iterators = {
+        shard: iter(
+            ThreadPrefetchIterDataset(
+                ShardRows(records, config, seq_len, seed, shard, count, pad_id=pad_id, threads=min(threads, 16)),
+                prefetch_buffer_size=rows_ahead,
+            )
+        )
+        for shard in owned
+    }
+    settings = {
+        "sources": [fingerprint(source) for source in config.sources],
+        "shuffle": config.shuffle,
+        "seq_len": seq_len,
+        "seed": seed,
+        "shards": count,
+    }
+    return BatchIterator(
+        iterators, records, settings, batch_size=batch_size, pad_id=pad_id, prefetch=bool(config.prefetch)
+    )
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches without end, or until `epochs` are over; the last rows that fill no batch are left out."""
+    """Batches without end, or until the `epochs` of all its shards are over, the last ones filled up with padding."""
 
-    def __init__(self, batches: Any, settings: str, records: list[_TokenRecords]):
-        self._open, self._settings, self._records = [batches], settings, records
-        self._any = False
+    def __init__(
+        self, shards: dict[int, Any], records: Sequence[TokenRecords], settings: State, *, batch_size: int,
+        pad_id: int, prefetch: bool,
+    ):  # fmt: skip
+        self.batch_size, self.shards = batch_size, settings["shards"]
+        self._settings, self._records, self._pad_id, self._prefetch = settings, records, pad_id, prefetch
+        self._open, self._over, self._any = shards, set[int](), False
         # Also at the end of the interpreter, whose dismantling grain's threads and finalisers do not survive quietly.
         self._close = weakref.finalize(self, _close, self._open)
 
-    @property
-    def _batches(self) -> Any:
-        if not self._open:
-            raise UserError("these batches are closed; build_data opens them again")
-        return self._open[0]
-
     def __next__(self) -> Batch:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            if not self._any:
-                raise UserError(
-                    "the data end before one batch is full: give more data, a smaller batch, or more epochs"
-                ) from None
-            raise
-        self._any = True
+        batch = self.next_batch()
+        if batch is None:
+            raise StopIteration
         return batch
+
+    def next_batch(self, batch_size: int | None = None) -> Batch | None:
+        """The rows that this process reads of the next batch; None where all its shards are over.
+
+        With `epochs`, some processes may be over before others: they go on with `padding_batch` until all are.
+
+        Args:
+          batch_size: of all processes together, any multiple of `shards`; that of `build_data` by default. States
+            count rows, not batches, so it may change from one batch to the next.
+        """
+        each = self._rows_per_shard(batch_size)
+        if self._prefetch:  # all shards' threads at once, before the first is waited for
+            for iterator in self._iterators().values():
+                iterator.start_prefetch()
+        rows = [self._take(shard) for shard in self._iterators() for _ in range(each)]
+        if all(row is None for row in rows):
+            if not self._any:
+                raise UserError("the data end before the first row is full: there is no record in these shards")
+            return None
+        self._any = True
+        return self._batch(rows)
+
+    def padding_batch(self, batch_size: int | None = None) -> Batch:
+        """A batch of the same shape as `next_batch`'s without any document."""
+        return self._batch([None] * (self._rows_per_shard(batch_size) * len(self._iterators())))
+
+    def epochs(self) -> dict[str, float]:
+        """Times through each source so far, by its name; of these shards alone it is an estimate for all.
+
+        Best-fit packing reads ahead by the rows that it fills at a time.
+        """
+        share = self.shards / len(self._iterators())
+        read = self._per_source(lambda source: source["read"])
+        return {name: share * count / len(self._records[i]) for i, (name, count) in enumerate(read.items())}
+
+    def skipped_by_source(self) -> dict[str, dict[str, int]]:
+        """How often records were left out of these shards, by source and reason; one is counted in every epoch."""
+        return {
+            name: dict(counts) for name, counts in self._per_source(lambda source: Counter(source["skipped"])).items()
+        }
 
     @property
     def skipped(self) -> int:
-        """Records left out so far by this process as unreadable (`on_error: skip`), empty or too long, each once."""
-        return sum(len(records.unusable) for records in self._records)
+        """How often records were left out in all."""
+        return sum(sum(counts.values()) for counts in self.skipped_by_source().values())
 
-    def get_state(self) -> dict[str, Any]:
-        """The position, as plain JSON values: what `set_state` needs to go on behind the last batch."""
-        return {"settings": self._settings, "position": _plain(self._batches.get_state())}
+    def get_state(self) -> State:
+        """The places of this process's shards, as plain JSON values: what `set_state` needs to go on behind the last
+        batch. `merge_states` joins those of all processes."""
+        return {"settings": self._settings, "shards": {str(shard): state for shard, state in self._states().items()}}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+    def set_state(self, state: State) -> None:
+        """Goes on where `state` was taken, by any number of processes.
 
         Raises:
-          UserError: the state is of other files, packing, shuffling, row length or seed.
+          UserError: the state is of other files, packing, shuffling, row length, seed or number of shards, or does not
+            hold all shards that are read here.
         """
-        if state.get("settings") != self._settings:
+        _check_settings(state.get("settings"), self._settings)
+        missing = [shard for shard in self._iterators() if str(shard) not in state["shards"]]
+        if missing:
             raise UserError(
-                "the data are not those of the checkpoint (files, sizes, packing, shuffle, sequence length or seed "
-                "differ), so its place in them means nothing. Bring them back as they were, or start a new run from "
-                f"the checkpoint's weights.\n  checkpoint: {state.get('settings')}\n  now:        {self._settings}"
+                f"the state of the data lacks shards {missing}, which this process reads: merge_states of all processes"
             )
-        self._batches.set_state(_tuples(state["position"]))
+        for shard, iterator in self._iterators().items():
+            saved = state["shards"][str(shard)]
+            iterator.set_state({**saved, "sources": [json.dumps(source) for source in saved["sources"]]})
+        self._over.clear()
         self._any = True
 
     def close(self) -> None:
         """Stops the threads that read ahead."""
         self._close()
 
+    def _iterators(self) -> dict[int, Any]:
+        if not self._open:
+            raise UserError("these batches are closed; build_data opens them again")
+        return self._open
 
-def _close(batches: list[Any]) -> None:
-    while batches:
-        batches.pop().close()
+    def _rows_per_shard(self, batch_size: int | None) -> int:
+        size = self.batch_size if batch_size is None else batch_size
+        _check_divides(self.shards, size)
+        return size // self.shards
 
+    def _take(self, shard: int) -> Row | None:
+        if shard in self._over:
+            return None
+        row = next(self._iterators()[shard], None)
+        if row is None:
+            self._over.add(shard)
+        return row
 
-class _TokenRecords:
-    """Records as tokens, by number; None for one that is left out."""
+    def _batch(self, rows: Sequence[Row | None]) -> Batch:
+        shape = (len(rows), self._settings["seq_len"])
+        tokens = np.full(shape, ~self._pad_id, np.int32)
+        segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for i, row in enumerate(rows):
+            if row is not None:
+                tokens[i], segments[i] = row["tokens"], row["tokens_segment_ids"]
+                positions[i] = row["tokens_positions"]
+        tokens, targets = unsigned(tokens)
+        targets &= (segments > 0) & (positions > 0)
+        return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": targets}
 
-    def __init__(
-        self, config: SourceConfig, tokenizer: Tokenizer | None, data: DataConfig, vocab_size: int | None, seq_len: int
-    ) -> None:
-        self._source: Source = open_source(config)
-        self._config, self._tokenizer, self._data, self._vocab_size = config, tokenizer, data, vocab_size
-        self._longest = seq_len if config.packing == "best_fit" and config.overlong == "drop" else None
-        self._lock = threading.Lock()
-        self.unusable: dict[int, str] = {}
+    def _states(self) -> dict[int, State]:
+        states = {shard: iterator.get_state() for shard, iterator in self._iterators().items()}
+        return {
+            shard: {**state, "sources": [json.loads(source) for source in state["sources"]]}
+            for shard, state in states.items()
+        }
 
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: Any) -> Row | None:
-        index = int(index)
-        try:
-            tokens, mask = encode_record(
-                self._source[index],
-                self._tokenizer,
-                append_eos=self._data.append_eos,
-                loss_on=self._data.loss_on,
-                vocab_size=self._vocab_size,
-            )
-        except RecordError as error:
-            if self._config.on_error == "fatal":
-                raise UserError(
-                    f"{self._source.place(index)}: {error}. Mend the record, or skip such records with on_error: skip"
-                ) from error
-            return self._leave_out(index, str(error))
-        if not len(tokens):
-            return self._leave_out(index, "it is empty")
-        if self._longest is not None and len(tokens) > self._longest:
-            return self._leave_out(index, f"its {len(tokens)} tokens are more than a row")
-        return {"tokens": tokens, "loss_mask": mask}
-
-    def _leave_out(self, index: int, why: str) -> None:
-        with self._lock:
-            self.unusable[index] = why
-            none_left = len(self.unusable) == len(self)
-        if none_left:  # without an end of epochs the pipeline would look for a record for ever
-            raise UserError(f"no record of this source can be used; {self._source.place(index)}: {why}")
+    def _per_source(self, value: Any) -> dict[str, Any]:
+        """The sum over shards of what `value` takes of each source's state, by the sources' names."""
+        states = self._states().values()
+        sums: dict[str, Any] = {}
+        for i, records in enumerate(self._records):
+            first, *rest = [value(state["sources"][i]) for state in states]
+            for more in rest:
+                first = first + more
+            sums[records.name if records.name not in sums else f"{records.name} ({i})"] = first
+        return sums
 
 
-def _packed_rows(
-    records: _TokenRecords, source: SourceConfig, config: DataConfig, seq_len: int, seed: int, pad_id: int
-) -> grain.IterDataset:
-    documents = grain.MapDataset.source(records)  # pyright: ignore[reportArgumentType]
-    if config.shuffle:
-        documents = documents.shuffle(seed)
-    stream = documents.repeat(config.epochs).to_iter_dataset(_READ)
-    lengths = {"tokens": seq_len, "loss_mask": seq_len}
-    if source.packing == "concat":
-        return ConcatThenSplitIterDataset(stream, length_struct=lengths)
-    if source.overlong == "split":
-        stream = FlatMapIterDataset(stream, _SplitLong(seq_len))
-    elif source.overlong == "truncate":
-        stream = stream.map(_Truncate(seq_len))
-    return BestFitPackIterDataset(
-        stream,
-        length_struct=lengths,
-        num_packing_bins=min(128, max(8, _PACKING_TOKENS // seq_len)),
-        seed=seed,
-        padding_struct={"tokens": pad_id, "loss_mask": False},
+def merge_states(states: Iterable[State]) -> State:
+    """The state of a whole run from those of its processes.
+
+    Raises:
+      UserError: they are of different runs, or shards are missing.
+    """
+    first, *rest = list(states)
+    merged = dict(first["shards"])
+    for state in rest:
+        _check_settings(state["settings"], first["settings"])
+        merged |= state["shards"]
+    missing = [shard for shard in range(first["settings"]["shards"]) if str(shard) not in merged]
+    if missing:
+        raise UserError(f"the states of the data lack shards {missing}: give those of all processes")
+    return {"settings": first["settings"], "shards": dict(sorted(merged.items(), key=lambda item: int(item[0])))}
+
+
+def _check_divides(shards: int, batch_size: int) -> None:
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(
+            f"a batch of {batch_size} rows cannot be cut into {shards} data shards: set data.shards to a divisor of "
+            "every batch size of the run"
+        )
+
+
+def _check_settings(saved: Any, now: State) -> None:
+    if saved == now:
+        return
+    saved = saved if isinstance(saved, dict) else {}
+    different = [key for key in now if saved.get(key) != now[key]]
+    if different == ["shards"]:
+        raise UserError(
+            f"the data of the checkpoint are cut into {saved.get('shards')} shards, here into {now['shards']}: "
+            f"set data.shards={saved.get('shards')}"
+        )
+    raise UserError(
+        "the data are not those of the checkpoint (files, sizes, packing, shuffle, sequence length, seed differ), so "
+        "its place in them means nothing. Bring them back as they were, or start a new run from the checkpoint's "
+        "weights" + "".join(f"\n  {key}: checkpoint {saved.get(key)}, now {now[key]}" for key in different)
     )
 
 
-class _Truncate(grain.transforms.Map):
-    def __init__(self, seq_len: int):
-        self._seq_len = seq_len
-
-    def map(self, element: Row) -> Row:
-        return {key: value[: self._seq_len] for key, value in element.items()}
-
-
-class _SplitLong(FlatMapTransform):
-    """A document into pieces of at most `seq_len` tokens."""
-
-    max_fan_out = _WAYS_TO_SPLIT
-
-    def __init__(self, seq_len: int):
-        self._seq_len = seq_len
-
-    def flat_map(self, element: Row) -> list[Row]:
-        starts = range(0, len(element["tokens"]), self._seq_len)
-        return [{key: value[at : at + self._seq_len] for key, value in element.items()} for at in starts]
-
-
-def _finish(packed: Row) -> Row:
-    segments, positions = packed["tokens_segment_ids"], packed["tokens_positions"]
-    target = packed["loss_mask"].astype(bool) & (segments > 0) & (positions > 0)
-    return {"tokens": packed["tokens"], "segment_ids": segments, "positions": positions, "loss_mask": target}
-
-
-def _seed(seed: int, source: int) -> int:
-    # grain shuffles epoch e with seed + e: neighbouring seeds would share their orders
-    return int(np.random.SeedSequence([seed, source]).generate_state(1)[0])
-
-
-def _plain(state: Any) -> Any:
-    """grain's state in the values that JSON has."""
-    if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [_plain(value) for value in state]
-    return state.item() if isinstance(state, np.generic) else state
-
-
-def _tuples(state: Any) -> Any:
-    """The reverse: grain compares its slices with tuples, which JSON gives back as lists."""
-    if isinstance(state, dict):
-        return {key: _tuples(value) for key, value in state.items()}
-    return tuple(_tuples(value) for value in state) if isinstance(state, list) else state
+def _close(shards: dict[int, Any]) -> None:
+    while shards:
+        shards.popitem()[1].close()

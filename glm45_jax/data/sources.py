@@ -1,4 +1,4 @@
-"""Random access to the records of files: documents of text files, lines of JSONL, ArrayRecord.
+"""Random access to the records of files: documents of text files, lines of JSONL, rows of Parquet, ArrayRecord.
 
 A source has a length, gives record `i` as a dict (`text`, `messages` or `tokens`), and says in which place of which
 file it stands. What is wrong with one record is a `RecordError`, which the pipeline turns into an error that names
@@ -7,12 +7,9 @@ the place, or into a count of skipped records.
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,19 +17,34 @@ import xxhash
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from glm45_jax.data.config import SourceConfig
+from glm45_jax.data.files import ABOUT, File, find_files, some
 from glm45_jax.errors import UserError
 
 Record = dict[str, Any]
 _SCAN_BYTES = 1 << 24
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".array_record": "array_record", ".arrayrecord": "array_record"}
+_SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+}  # fmt: skip
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 
 class RecordError(Exception):
-    """One record cannot be used; the message says why, without the place."""
+    """One record cannot be used; the message says why, without the place, and `reason` in a word, for counting."""
+
+    def __init__(self, message: str, reason: str = "malformed"):
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class Source(Protocol):
-    """Records by number."""
+    """Records by number, those of one file after those of another."""
+
+    files: list[File]
+    ends: list[int]  # of each file, the number of the first record behind it
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
@@ -48,43 +60,36 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
       UserError: nothing at a path, files of several kinds, a file that is not what its suffix says, or no records.
     """
-    files = find_files(config.path)
+    return open_files(config, find_files(config.path))
+
+
+def open_files(config: SourceConfig, files: list[File]) -> Source:
+    """The records of some of a source's files."""
     kind = _kind(config, files)
     if kind == "jsonl":
         source: Source = JsonLines(files)
+    elif kind == "parquet":
+        from glm45_jax.data.parquet import ParquetFiles
+
+        source = ParquetFiles(files)
     elif kind == "array_record":
         source = ArrayRecords(files, config.record)
     else:
         source = TextFiles(files, config.chunk_bytes)
     if not len(source):
-        raise UserError(f"no records in {_some(files)}: {'they are' if len(files) > 1 else 'it is'} empty")
+        raise UserError(f"no records in {some(files)}: {'they are' if len(files) > 1 else 'it is'} empty")
     return source
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that `paths` (files, directories, globs) stand for, sorted within each, none twice."""
-    found: dict[Path, None] = {}
-    for path in paths:
-        expanded = os.path.expanduser(path)
-        if os.path.isdir(expanded):
-            matches = _walk(Path(expanded))
-        elif os.path.isfile(expanded):
-            matches = [Path(expanded)]
-        else:
-            matches = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
-        if not matches:
-            kind = "directory has no files" if os.path.isdir(expanded) else "no such file, directory or match of a glob"
-            raise UserError(f"data source {path}: {kind} (looked from {os.getcwd()})")
-        found |= dict.fromkeys(matches)
-    return list(found)
-
-
 def fingerprint(config: SourceConfig) -> str:
-    """A digest of the files' names and sizes and of how they are cut into records: equal for equal data."""
+    """A digest of the files' names and sizes and of how they become rows: equal for equal data."""
     digest = xxhash.xxh3_64()
     for file in find_files(config.path):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-    how = (config.kind, config.record, config.packing, config.overlong, config.chunk_bytes, config.weight)
+        digest.update(f"{file.name}\0{file.size}\0".encode())
+    how = (
+        config.kind, config.record, config.packing, config.overlong, config.chunk_bytes, config.weight,
+        config.fim_rate, config.fim_spm_rate,
+    )  # fmt: skip
     digest.update(repr(how).encode())
     return digest.hexdigest()
 
@@ -96,42 +101,34 @@ class TextFiles:
     k * chunk_bytes to where document k + 1 begins. One of them may so be empty.
     """
 
-    def __init__(self, files: Sequence[Path], chunk_bytes: int):
-        self._files = [file for file in files if file.stat().st_size]
-        self._sizes = [file.stat().st_size for file in self._files]
+    def __init__(self, files: Sequence[File], chunk_bytes: int):
+        self.files = [file for file in files if file.size]
         self._chunk = chunk_bytes
-        counts = [-(-size // chunk_bytes) for size in self._sizes]
-        self._ends = list(itertools.accumulate(counts))
+        self.ends = list(itertools.accumulate(-(-file.size // chunk_bytes) for file in self.files))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Record:
-        file, part = self._locate(index)
-        size = self._sizes[file]
-        with open(self._files[file], "rb") as f:
-            start, end = self._border(f, part * self._chunk, size), self._border(f, (part + 1) * self._chunk, size)
-            f.seek(start)
-            raw = f.read(end - start)
+        file, part = locate(self, index)
+        start, end = self._border(file, part * self._chunk), self._border(file, (part + 1) * self._chunk)
+        raw = file.read(start, end)
         try:
-            return {"text": raw.decode("utf-8"), "complete": end == size}
+            return {"text": raw.decode("utf-8"), "complete": end == file.size}
         except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8 text: byte {start + error.start} is {raw[error.start]:#04x}") from None
+            message = f"not UTF-8 text: byte {start + error.start} is {raw[error.start]:#04x}"
+            raise RecordError(message, "unreadable") from None
 
     def place(self, index: int) -> str:
-        file, part = self._locate(index)
-        return f"{self._files[file]}" + (f", near byte {part * self._chunk}" if part else "")
+        file, part = locate(self, index)
+        return f"{file}" + (f", near byte {part * self._chunk}" if part else "")
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, index - (self._ends[file - 1] if file else 0)
-
-    def _border(self, f: Any, at: int, size: int) -> int:
+    def _border(self, file: File, at: int) -> int:
         """Where the first line at or after byte `at` begins; without one nearby, the next whole character."""
-        if at <= 0 or at >= size:
-            return min(max(at, 0), size)
-        f.seek(at - 1)
-        block = f.read(max(self._chunk, 8))  # holds a whole character in any case
+        if at <= 0 or at >= file.size:
+            return min(max(at, 0), file.size)
+        # holds a whole character in any case
+        block = file.read(at - 1, min(at - 1 + max(self._chunk, 8), file.size))
         newline = block.find(b"\n")
         if newline >= 0:
             return at + newline
@@ -142,63 +139,73 @@ class TextFiles:
 class JsonLines:
     """One JSON object per line. Opening scans the files once for the line ends; blank lines are no records."""
 
-    def __init__(self, files: Sequence[Path]):
-        self._files = list(files)
+    def __init__(self, files: Sequence[File]):
+        self.files = list(files)
         tables = [_line_table(file) for file in files]
         self._starts = np.concatenate([table[0] for table in tables])
         self._ends = np.concatenate([table[1] for table in tables])
         self._lines = np.concatenate([table[2] for table in tables])
-        self._file_ends = np.cumsum([len(table[0]) for table in tables])
+        self.ends = list(itertools.accumulate(len(table[0]) for table in tables))
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
-        with open(self._file(index), "rb") as f:
-            f.seek(self._starts[index])
-            return parse_json(f.read(int(self._ends[index] - self._starts[index])))
+        file, _ = locate(self, index)
+        return parse_json(file.read(int(self._starts[index]), int(self._ends[index])))
 
     def place(self, index: int) -> str:
-        return f"{self._file(index)}:{self._lines[index]}"
-
-    def _file(self, index: int) -> Path:
-        return self._files[int(np.searchsorted(self._file_ends, index, side="right"))]
+        return f"{locate(self, index)[0]}:{self._lines[index]}"
 
 
 class ArrayRecords:
-    """ArrayRecord files of JSON objects, or of bare tokens (little-endian int32 or uint16)."""
+    """ArrayRecord files of JSON objects or of tokens.
 
-    def __init__(self, files: Sequence[Path], record: str):
-        self._files, self._record = list(files), record
+    `tokens` are little-endian int32, one that is no target as its bitwise complement; `int32` and `uint16` bare.
+    The library opens `gs://` paths by itself, with the machine's credentials, and no other remote ones.
+    """
+
+    def __init__(self, files: Sequence[File], record: str):
+        self.files = list(files)
+        foreign = next((file for file in files if file.remote is not None and not file.path.startswith("gs://")), None)
+        if foreign is not None:
+            raise UserError(f"{foreign}: ArrayRecord files are read locally or at gs://; copy them there first")
+        self.about = _about(files)
+        self._record = self.about.get("record", "json") if record == "auto" else record
         try:
-            self._readers = [ArrayRecordDataSource(str(file)) for file in files]
-            self._ends = list(itertools.accumulate(len(reader) for reader in self._readers))
+            self._readers = [ArrayRecordDataSource(file.path) for file in files]
+            self.ends = list(itertools.accumulate(len(reader) for reader in self._readers))
         except Exception as error:  # the library raises several bare kinds
-            raise UserError(f"{_some(files)}: not readable as ArrayRecord: {error}") from error
+            raise UserError(f"{some(files)}: not readable as ArrayRecord: {error}") from error
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        file, number = self._locate(index)
+        file = int(np.searchsorted(self.ends, index, side="right"))
         try:
-            raw: bytes = self._readers[file][number]
+            raw: bytes = self._readers[file][locate(self, index)[1]]
         except Exception as error:
-            raise RecordError(f"cannot be read: {error}") from error
+            raise RecordError(f"cannot be read: {error}", "unreadable") from error
         if self._record == "json":
             return parse_json(raw)
-        dtype = np.dtype(self._record).newbyteorder("<")
+        dtype = np.dtype("<u2" if self._record == "uint16" else "<i4")
         if len(raw) % dtype.itemsize:
-            raise RecordError(f"{len(raw)} bytes are no whole number of {self._record} tokens")
-        return {"tokens": np.frombuffer(raw, dtype).astype(np.int32)}
+            raise RecordError(f"{len(raw)} bytes are no whole number of {dtype.name} tokens")
+        tokens = np.frombuffer(raw, dtype).astype(np.int32)
+        if self._record != "tokens":
+            return {"tokens": tokens}
+        return {"tokens": np.where(tokens < 0, ~tokens, tokens), "loss_mask": tokens >= 0}
 
     def place(self, index: int) -> str:
-        file, number = self._locate(index)
-        return f"{self._files[file]}, record {number}"
+        file, number = locate(self, index)
+        return f"{file}, record {number}"
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, index - (self._ends[file - 1] if file else 0)
+
+def locate(source: Source, index: int) -> tuple[File, int]:
+    """The file of record `index`, and its number there."""
+    file = int(np.searchsorted(source.ends, index, side="right"))
+    return source.files[file], index - (source.ends[file - 1] if file else 0)
 
 
 def parse_json(raw: bytes) -> Record:
@@ -206,16 +213,16 @@ def parse_json(raw: bytes) -> Record:
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"not JSON: {error}") from None
+        raise RecordError(f"not JSON: {error}", "unreadable") from None
     if not isinstance(record, dict):
         raise RecordError(f"expected a JSON object, found {type(record).__name__}")
     return record
 
 
-def _line_table(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _line_table(file: File) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start and end byte and number (from 1) of every line that is not empty."""
     newlines = [np.zeros(0, np.int64)]
-    with open(file, "rb") as f:
+    with file.open() as f:
         for at in itertools.count(0, _SCAN_BYTES):
             block = f.read(_SCAN_BYTES)
             newlines.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at)
@@ -230,10 +237,32 @@ def _line_table(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return starts[filled], ends[filled], np.flatnonzero(filled) + 1
 
 
-def _kind(config: SourceConfig, files: Sequence[Path]) -> str:
+def _about(files: Sequence[File]) -> dict[str, Any]:
+    """What `glm45 tokenize` wrote beside the files; of several folders, what they agree in."""
+    found = {}
+    for file in {file.path.rpartition("/")[0]: file for file in files}.values():
+        raw = file.beside(ABOUT)
+        about = {} if raw is None else parse_json(raw)
+        found[file.path.rpartition("/")[0]] = {key: about.get(key) for key in ("record", "tokenizer") if key in about}
+    different = {json.dumps(about, sort_keys=True) for about in found.values()}
+    if len(different) > 1:
+        raise UserError(
+            f"the folders {', '.join(found)} hold records of several forms or of several tokenizers ({ABOUT} there "
+            "says so): make a source of each"
+        )
+    return next(iter(found.values()))
+
+
+def _kind(config: SourceConfig, files: Sequence[File]) -> str:
+    packed = next((file for file in files if file.suffix in _COMPRESSED), None)
+    if packed is not None:
+        raise UserError(
+            f"data source {packed}: compressed files have no random access; decompress them, or use Parquet or "
+            "ArrayRecord, which are compressed inside"
+        )
     if config.kind != "auto":
         return config.kind
-    kinds = {_SUFFIXES.get(file.suffix.lower(), "text"): file for file in files}
+    kinds = {_SUFFIXES.get(file.suffix, "text"): file for file in files}
     if len(kinds) > 1:
         example = "; ".join(f"{file.name} is {kind}" for kind, file in kinds.items())
         raise UserError(
@@ -241,16 +270,3 @@ def _kind(config: SourceConfig, files: Sequence[Path]) -> str:
             "make a source of each, with a glob such as 'dir/**/*.jsonl'"
         )
     return next(iter(kinds))
-
-
-def _walk(folder: Path) -> list[Path]:
-    def files() -> Iterator[Path]:
-        for parent, folders, names in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-    return sorted(file for file in files() if file.is_file())
-
-
-def _some(files: Sequence[Path]) -> str:
-    return f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")

@@ -9,16 +9,81 @@ Axes: B batch, S queries, T keys, H heads, K kv heads, h head dim, D model, O ou
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import linear, rms_norm, rotate
+from glm45_jax.model.layers import leave_tensor, linear, matmul_t, rms_norm, rotary_tables, rotate
+from glm45_jax.parallel import local
+from pallas_kernels import flash_attention
 
 _MASKED = -1e30  # finite, so that a row that sees nothing (padding) stays free of NaN
+
+
+class Sequence(NamedTuple):
+    """The rows of a batch as attention sees them, S tokens here of T in all (S = T without a context axis)."""
+
+    segment_ids: Int[Array, "B S"]
+    kv_segment_ids: Int[Array, "B T"]
+    rotary: tuple[Float[Array, "B S r"], Float[Array, "B S r"]]
+
+
+def sequence_of(segment_ids: Int[Array, "B s"], positions: Int[Array, "B s"], config: ModelConfig) -> Sequence:
+    """From each device's piece of the rows, which `tensor` cuts too."""
+    segment_ids, positions = (local.gather(x, "tensor", axis=1) for x in (segment_ids, positions))
+    return Sequence(segment_ids, over_context(segment_ids, axis=1), rotary_tables(config, positions))
+
+
+def attend_sequence(
+    q: Float[Array, "B H S h"],
+    k: Float[Array, "B K T h"],
+    v: Float[Array, "B K T h"],
+    rows: Sequence,
+    config: ModelConfig,
+) -> Float[Array, "B H S h"]:
+    """Causal attention within segments; keys and values are those of whole rows (`over_context`)."""
+    how = {"heads_first": True, "implementation": config.implementation, "kv_segment_ids": rows.kv_segment_ids}
+    if not local.live("context"):
+        return flash_attention(q, k, v, segment_ids=rows.segment_ids, **how)
+    parts = []
+    for half, offset in enumerate(_offsets(q.shape[2])):
+        piece = slice(half * q.shape[2] // 2, (half + 1) * q.shape[2] // 2)
+        segments = rows.segment_ids[:, piece]
+        parts.append(flash_attention(q[:, :, piece], k, v, segment_ids=segments, q_offset=offset, **how))
+    return jnp.concatenate(parts, axis=2)
+
+
+# Over a context axis of C devices a row is cut into 2 C pieces, and device i has the pieces i and 2 C - 1 - i: one
+# whose queries see little and one whose queries see much, the same work for all. Keys and values, few with grouped
+# queries, are gathered.
+
+
+def _offsets(length: int) -> tuple[Array, Array]:
+    """Where in the row the two pieces of a device's `length` tokens begin."""
+    devices, mine, piece = local.count("context"), local.index("context"), length // 2
+    return mine * piece, (2 * devices - 1 - mine) * piece
+
+
+def over_context(x: Shaped[Array, ...], axis: int) -> Shaped[Array, ...]:
+    """The whole row, in order, from the devices' pieces."""
+    if not local.live("context"):
+        return x
+    whole = local.gather(x, "context", axis)
+    return jnp.take(whole, cut_order(local.count("context"), whole.shape[axis])[1], axis=axis)
+
+
+@functools.cache
+def cut_order(devices: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which tokens lie when cut over a context axis, and the order that undoes it."""
+    pieces = np.arange(length).reshape(2 * devices, -1)
+    pairs = [i for pair in zip(range(devices), range(2 * devices - 1, devices - 1, -1)) for i in pair]
+    order = pieces[pairs].reshape(-1)
+    return order, np.argsort(order)
 
 
 def queries(
@@ -35,10 +100,21 @@ def keys_values(
     x: Float[Array, "B S D"], module: Any, config: ModelConfig, rotary: tuple[Array, Array]
 ) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]:
     """As `queries`; values are neither normed nor rotated."""
-    k, v = _heads(linear(x, module.k), config), _heads(linear(x, module.v), config)
+    k, v = (_heads(_project_kv(x, projection, config), config) for projection in (module.k, module.v))
     if config.use_qk_norm:
         k = rms_norm(k, module.k_norm.scale[...], config.rms_norm_eps)
     return rotate(k, *rotary), v
+
+
+def _project_kv(x: Float[Array, "B S D"], projection: Any, config: ModelConfig) -> Float[Array, "B S O"]:
+    """The projection, by this device's heads alone where a tensor axis larger than their number has them all whole."""
+    devices, heads = local.count("tensor"), config.num_key_value_heads
+    if projection.weight.shape[0] * devices == heads * config.head_dim or devices == 1:
+        return linear(x, projection)
+    first = local.index("tensor") * heads // devices * config.head_dim
+    own = lambda w: jax.lax.dynamic_slice_in_dim(w[...], first, config.head_dim)  # noqa: E731
+    y = matmul_t(x, own(projection.weight).astype(x.dtype))
+    return y + own(projection.bias).astype(x.dtype) if hasattr(projection, "bias") else y
 
 
 def _heads(x: Float[Array, "B S O"], config: ModelConfig) -> Float[Array, "B H S h"]:
@@ -46,8 +122,9 @@ def _heads(x: Float[Array, "B S O"], config: ModelConfig) -> Float[Array, "B H S
     return x.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)
 
 
-def output(attended: Float[Array, "B H S h"], module: Any) -> Float[Array, "B S D"]:
-    return linear(attended.swapaxes(1, 2).reshape(attended.shape[0], attended.shape[2], -1), module.o)
+def output(attended: Float[Array, "B H S h"], module: Any, h: Float[Array, "B s D"]) -> Float[Array, "B s D"]:
+    """What attention adds to `h`, of which each device may have a piece."""
+    return leave_tensor(linear(attended.swapaxes(1, 2).reshape(attended.shape[0], attended.shape[2], -1), module.o), h)
 
 
 def attend(

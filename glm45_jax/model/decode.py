@@ -18,16 +18,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import attend, attend_one, keys_values, output, queries
-from glm45_jax.model.decoder import Rows, embed, head_logits, head_weight, rows_of
-from glm45_jax.model.layers import rms_norm, rotary_tables, swiglu
+from glm45_jax.model.attention import (
+    attend,
+    attend_one,
+    attend_sequence,
+    keys_values,
+    output,
+    over_context,
+    queries,
+    sequence_of,
+)
+from glm45_jax.model.decoder import embed, head_logits, rows_of
+from glm45_jax.model.layers import enter_tensor, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import moe_decode
-from glm45_jax.model.params import Params, merge, stacked_kinds
-from pallas_kernels import flash_attention
+from glm45_jax.model.over_mesh import mesh_in_force, over_serving_mesh
+from glm45_jax.model.params import Params, layer_axes, merge, stacked_kinds, whole
+from glm45_jax.parallel import local
+from glm45_jax.parallel.local import SEQUENCE_AXES
+from glm45_jax.parallel.sharding import as_axes, rules_of
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +60,13 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: Any = None) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `capacity` tokens, prompt and answer together."""
-    shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+    """An empty cache for `batch_size` rows of up to `capacity` tokens, prompt and answer together.
+
+    Over a tensor axis of more devices than there are kv heads, each device has a head of its own, K is their number.
+    """
+    mesh = mesh_in_force()
+    heads = max(config.num_key_value_heads, 1 if mesh is None else mesh.shape.get("tensor", 1))
+    shape = (config.num_hidden_layers, batch_size, heads, capacity, config.head_dim)
     dtype = dtype or config.dtype
     zeros = jnp.zeros(batch_size, jnp.int32)
     return KVCache(
@@ -86,25 +103,35 @@ def prefill(
     place = jnp.arange(tokens.shape[1])
     last = jnp.max(jnp.where(rows.segment_ids != 0, place, 0), axis=1)
     position, segment = (x[jnp.arange(last.size), last] for x in (rows.positions, rows.segment_ids))
+    is_last = place == last[:, None]
 
-    def attention(q, k, v, kv, layer):
-        kv = tuple(
-            jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, 0, 0, 0))
-            for stack, new in zip(kv, (k, v))
-        )
-        if q.shape[2] == 1:
-            slots, own = last[:, None], segment[:, None]
-            return attend(q, k, v, slots=slots, segment_ids=own, kv_segment_ids=rows.segment_ids), kv
-        told = {"segment_ids": rows.segment_ids, "heads_first": True, "implementation": config.implementation}
-        return flash_attention(q, k, v, **told), kv
+    def run(params, kv, new, by_row):
+        (tokens, rows, is_last), (last, segment) = new, by_row
+        seen = sequence_of(*rows, config)
 
-    h, (k, v) = _layers(params, config, tokens, rows, (cache.k, cache.v), attention, last)
+        def attention(q, k, v, kv, layer):
+            k, v = (over_context(x, axis=2) for x in (k, v))
+            kv = tuple(
+                jax.lax.dynamic_update_slice(stack, new[None, :, :, :length].astype(stack.dtype), (layer, 0, 0, 0, 0))
+                for stack, new in zip(kv, (k, v))
+            )
+            if q.shape[2] == 1:
+                slots, own = last[:, None], segment[:, None]
+                return attend(q, k, v, slots=slots, segment_ids=own, kv_segment_ids=seen.kv_segment_ids), kv
+            return attend_sequence(q, k, v, seen, config), kv
+
+        h, kv = _layers(params, config, tokens, seen.rotary, kv, attention, is_last)
+        return _logits(params, config, h[:, 0]), kv
+
+    length = tokens.shape[1]
+    new, by_row = (tokens, rows, is_last), (last, segment)
+    logits, (k, v) = over_serving_mesh(run, config, params, (cache.k, cache.v), new, by_row)
     cache = KVCache(
         k, v,
         jax.lax.dynamic_update_slice(cache.segment_ids, rows.segment_ids, (0, 0)),
         last + 1, position + 1, segment,
     )  # fmt: skip
-    return _logits(params, config, h[:, 0]), cache
+    return logits, cache
 
 
 def decode_step(
@@ -116,17 +143,22 @@ def decode_step(
     (`length` equal to `capacity`) overwrites its last slot: callers stop before.
     """
     batch = tokens.shape[0]
-    rows = Rows(cache.segment[:, None], cache.position[:, None])
     slots = jnp.minimum(cache.length, cache.capacity - 1)
     kv_segment_ids = cache.segment_ids.at[jnp.arange(batch), slots].set(cache.segment)
 
-    def attention(q, k, v, kv, layer):
-        k, v = (_write(stack, new, layer, slots) for stack, new in zip(kv, (k, v)))
-        return _attend_cached(q, k, v, layer, slots[:, None], rows.segment_ids, kv_segment_ids), (k, v)
+    def run(params, kv, _, by_row):
+        tokens, position, segment, slots, kv_segment_ids = by_row
 
-    h, (k, v) = _layers(params, config, tokens[:, None], rows, (cache.k, cache.v), attention)
-    cache = KVCache(k, v, kv_segment_ids, cache.length + 1, cache.position + 1, cache.segment)
-    return _logits(params, config, h[:, 0]), cache
+        def attention(q, k, v, kv, layer):
+            k, v = (_write(stack, new, layer, slots) for stack, new in zip(kv, (k, v)))
+            return _attend_cached(q, k, v, layer, slots[:, None], segment[:, None], kv_segment_ids), (k, v)
+
+        h, kv = _layers(params, config, tokens[:, None], rotary_tables(config, position[:, None]), kv, attention)
+        return _logits(params, config, h[:, 0]), kv
+
+    by_row = tokens, cache.position, cache.segment, slots, kv_segment_ids
+    logits, (k, v) = over_serving_mesh(run, config, params, (cache.k, cache.v), (), by_row)
+    return logits, KVCache(k, v, kv_segment_ids, cache.length + 1, cache.position + 1, cache.segment)
 
 
 def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
@@ -167,51 +199,62 @@ def _write(
     return stack
 
 
-def _layers(params, config, tokens, rows, kv, attention, last: Any = None):
+def _layers(params, config, tokens, rotary, kv, attention, is_last: Any = None):
     """All layers, by number; `attention(q, k, v, kv, layer)` reads and updates the cache.
 
-    With `last`, the place of one token in each row, the last layer goes on with those tokens alone.
+    With `is_last` [B, S], true of one token in each row, the last layer goes on with those tokens alone.
     """
-    rotary = rotary_tables(config, rows.positions)
-    at_last = lambda x: jnp.take_along_axis(x, last[:, None, None], axis=1)  # noqa: E731
 
     def layer(index, carry, kind, first, cut=False):
         h, kv = carry
-        module = merge(config, kind, _layer(params[kind], index))
-        a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
+        module, experts_layer = _layer(params[kind], index, config, kind)
+        own = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
+        a, angles = enter_tensor(own), rotary
         k, v = keys_values(a, module.attention, config, rotary)
-        h, a, angles = jax.tree.map(at_last, (h, a, rotary)) if cut else (h, a, rotary)
+        if cut:
+            h, a = (_only(x, is_last) for x in (h, own))
+            angles = jax.tree.map(lambda x: _only(local.own_piece(x, "tensor", axis=1), is_last), rotary)
         attended, kv = attention(queries(a, module.attention, config, angles), k, v, kv, first + index)
-        h = h + output(attended, module.attention)
+        h = h + output(attended, module.attention, h)
         b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
         if hasattr(module, "mlp"):
             return h + swiglu(b, module.mlp), kv
-        y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, index)
+        y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, experts_layer)
         return h + y.reshape(h.shape), kv
 
-    carry, first = (embed(params["embed"]["weight"], tokens, config), kv), 0
+    carry, first = (local.spread_like(embed(params["embed"]["weight"], tokens, config), tokens), kv), 0
     kinds = stacked_kinds(config)
     for kind, count in kinds.items():
-        whole = count - (last is not None and kind == list(kinds)[-1])
-        carry = jax.lax.fori_loop(0, whole, functools.partial(layer, kind=kind, first=first), carry)
-        if whole < count:
-            carry = layer(whole, carry, kind, first, cut=True)
+        whole_layers = count - (is_last is not None and kind == list(kinds)[-1])
+        carry = jax.lax.fori_loop(0, whole_layers, functools.partial(layer, kind=kind, first=first), carry)
+        if whole_layers < count:
+            carry = layer(whole_layers, carry, kind, first, cut=True)
         first += count
     h, kv = carry
     return rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps), kv
 
 
-def _layer(stacked: Params, index: Int[Array, ""]) -> Params:
-    """One layer's parameters by number; the experts' stay whole, their op takes the number itself."""
+def _only(x: Float[Array, "B s D"], chosen: Bool[Array, "B s"]) -> Float[Array, "B 1 D"]:
+    """The one token of each row that is chosen, on whichever device its piece of the row lies."""
+    return local.total(jnp.where(chosen[..., None], x, 0).sum(1, keepdims=True), SEQUENCE_AXES)
+
+
+def _layer(stacked: Params, index: Int[Array, ""], config: ModelConfig, kind: str) -> tuple[Any, Any]:
+    """The module of one layer by number, and the number for its experts' op: their weights stay in the stack.
+
+    Not so where the rules cut experts' matrices only to store them, and they have to be gathered.
+    """
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-    if "moe" not in stacked:
-        return jax.tree.map(take, stacked)
-    moe = stacked["moe"]
-    rest = {**stacked, "moe": {k: v for k, v in moe.items() if k != "experts"}}
-    layer = jax.tree.map(take, rest)
-    layer["moe"]["experts"] = moe["experts"]
-    return layer
+    axes = layer_axes(config, kind)
+    if "moe" not in stacked or local.live(as_axes(rules_of(config)["expert_embed"])):
+        return merge(config, kind, whole(jax.tree.map(take, stacked), config, axes)), None
+    without = lambda tree: {**tree, "moe": {k: v for k, v in tree["moe"].items() if k != "experts"}}  # noqa: E731
+    layer = whole(jax.tree.map(take, without(stacked)), config, without(axes))
+    layer["moe"]["experts"] = stacked["moe"]["experts"]
+    return merge(config, kind, layer), index
 
 
-def _logits(params: Params, config: ModelConfig, h: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    return head_logits(h, head_weight(params, config))
+def _logits(params: Params, config: ModelConfig, h: Float[Array, "B D"]) -> Float[Array, "B v"]:
+    """Of this device's part of the vocabulary."""
+    table = params["embed" if config.tie_word_embeddings else "head"]["weight"]
+    return head_logits(h, whole(table, config, (None, "embed")))

@@ -7,6 +7,7 @@ Axes: B batch, S sequence, D model, V vocabulary, L layers, Lm MoE layers, E exp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -17,11 +18,30 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model.attention import keys_values, output, queries
-from glm45_jax.model.layers import linear, matmul_t, rms_norm, rotary_tables, swiglu
+from glm45_jax.model.attention import (
+    Sequence,
+    attend_sequence,
+    keys_values,
+    output,
+    over_context,
+    queries,
+    sequence_of,
+)
+from glm45_jax.model.layers import enter_tensor, linear, matmul_t, rms_norm, swiglu
 from glm45_jax.model.moe import Routing, moe
-from glm45_jax.model.params import Params, merge, merge_outer, stacked_kinds
-from pallas_kernels import flash_attention
+from glm45_jax.model.over_mesh import over_mesh
+from glm45_jax.model.params import (
+    WHOLE,
+    Params,
+    layer_axes,
+    merge,
+    merge_outer,
+    param_axes,
+    stacked_kinds,
+    whole,
+)
+from glm45_jax.model.pipeline import run_pipeline
+from glm45_jax.parallel import local
 
 _BLOCK_OUTPUT = "block_output"  # what attention, MLP and experts add to the residual stream, to remat policies
 
@@ -94,12 +114,18 @@ def forward(
     unknown = set(collect) - {"hidden_states", "router"}
     if unknown:
         raise UserError(f"forward can collect 'hidden_states' and 'router', not {sorted(unknown)}")
-    rows = rows_of(jnp.asarray(tokens), positions, segment_ids, attention_mask)
-    hidden, states, routing = hidden_states(params, config, tokens, rows, keep_states="hidden_states" in collect)
-    logits = head_logits(hidden, head_weight(params, config))
-    if states is not None:
-        states = jnp.concatenate([states[:-1], hidden[None]])
-    return ForwardOutput(logits, hidden, states, routing if "router" in collect else None)
+    tokens = jnp.asarray(tokens)
+
+    def run(params: Params, tokens: Array, rows: Rows) -> ForwardOutput:
+        hidden, states, routing = hidden_states(params, config, tokens, rows, keep_states="hidden_states" in collect)
+        logits = head_logits(hidden, head_weight(params, config))
+        if states is not None:
+            states = jnp.concatenate([states[:-1], hidden[None]])
+        return ForwardOutput(logits, hidden, states, _of_all(routing) if "router" in collect else None)
+
+    rows = rows_of(tokens, positions, segment_ids, attention_mask)
+    router: Any = Routing(1, 1, 1, None) if "router" in collect and config.num_moe_layers else 1
+    return over_mesh(run, config, params, (tokens, rows), ForwardOutput(0, 0, 1, router))  # pyright: ignore
 
 
 def hidden_states(
@@ -109,46 +135,59 @@ def hidden_states(
     rows: Rows,
     *,
     keep_states: bool = False,
-    summarize: Callable[[Routing], Any] = lambda routing: routing,
+    summarize: Callable[[Routing, Array], Any] = lambda routing, _: routing,
+    pipelined: bool = False,
 ) -> tuple[Float[Array, "B S D"], Array | None, Any]:
     """The main model without its head.
 
     Returns:
       Hidden states after the final norm; the embeddings and every layer's output [L+1, B, S, D] if asked for; and what
-      `summarize` made of each MoE layer's routing, stacked [Lm, …] (None without MoE layers).
+      `summarize` made of each MoE layer's routing and the tokens' segments, stacked [Lm, …] (None without MoE layers).
+      If `pipelined`, stages of a pipeline axis share the MoE layers, and the summaries are a stage's part of their sum.
     """
-    h = embed(params["embed"]["weight"], tokens, config)
-    rotary = rotary_tables(config, rows.positions)
+    h = local.spread(embed(params["embed"]["weight"], tokens, config), local.live())
+    seen = sequence_of(*rows, config)
     states, summaries = [h[None]], None
     for kind in stacked_kinds(config):
+        by_stages = pipelined and kind == "moe_layers" and local.live("pipeline")
 
-        def body(h, layer_params, kind=kind):
-            h, routing = block(merge(config, kind, layer_params), config, h, rows, rotary)
-            return h, (h if keep_states else None, None if routing is None else summarize(routing))
+        def body(h, layer_params, rows, apart=(), kind=kind):
+            places, seen = rows
+            module = merge(config, kind, whole(layer_params, config, layer_axes(config, kind), apart))
+            h, routing = block(module, config, h, seen)
+            return h, (h if keep_states else None, None if routing is None else summarize(routing, places.segment_ids))
 
-        h, (outputs, summary) = jax.lax.scan(remat(body, config), h, params[kind])
+        if by_stages:
+            layer = remat(functools.partial(body, apart=("pipeline",)), config)
+            h, (outputs, summary) = run_pipeline(layer, params[kind], h, (rows, seen), config)
+        else:
+            layer = remat(lambda h, layer_params, body=body: body(h, layer_params, (rows, seen)), config)
+            h, (outputs, summary) = jax.lax.scan(layer, h, params[kind])
         summaries = summary if kind == "moe_layers" else summaries
         states.append(outputs)
     h = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps)
     return h, jnp.concatenate(states) if keep_states else None, summaries
 
 
+def _of_all(routing: Routing | None) -> Routing | None:
+    """With the count of what was dropped on all devices."""
+    return None if routing is None else routing._replace(dropped=local.total(routing.dropped))
+
+
 def block(
-    module: Any, config: ModelConfig, h: Float[Array, "B S D"], rows: Rows, rotary: tuple[Array, Array]
+    module: Any, config: ModelConfig, h: Float[Array, "B S D"], rows: Sequence
 ) -> tuple[Float[Array, "B S D"], Routing | None]:
     """One decoder layer: h + attention(norm h), then + MLP or experts(norm of that)."""
-    a = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
-    q, (k, v) = (project(a, module.attention, config, rotary) for project in (queries, keys_values))
-    attended = flash_attention(
-        q, k, v, segment_ids=rows.segment_ids, heads_first=True, implementation=config.implementation
-    )
-    h = h + checkpoint_name(output(attended, module.attention), _BLOCK_OUTPUT)
+    a = enter_tensor(rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps))
+    q, (k, v) = (project(a, module.attention, config, rows.rotary) for project in (queries, keys_values))
+    attended = attend_sequence(q, *(over_context(x, axis=2) for x in (k, v)), rows, config)
+    h = h + checkpoint_name(output(attended, module.attention, h), _BLOCK_OUTPUT)
     b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
     if hasattr(module, "mlp"):
         return h + checkpoint_name(swiglu(b, module.mlp), _BLOCK_OUTPUT), None
     batch, length, dim = b.shape
     y, routing = moe(b.reshape(-1, dim), module.moe, config)
-    routing = Routing(*(x.reshape(batch, length, -1) for x in routing))
+    routing = Routing(*(x.reshape(batch, length, -1) for x in routing[:-1]), routing.dropped)
     return h + checkpoint_name(y.reshape(b.shape), _BLOCK_OUTPUT), routing
 
 
@@ -160,18 +199,32 @@ def remat(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
         "save_block_outputs": jax.checkpoint_policies.save_only_these_names(_BLOCK_OUTPUT),
     }
     if config.remat == "none":
-        return body
+        if not local.live():
+            return body
+        policies["none"] = jax.checkpoint_policies.save_anything_except_these_names(WHOLE)
     if config.remat not in policies:
         raise UserError(f"remat policy {config.remat!r} is unknown; choose 'none', {', '.join(map(repr, policies))}")
     return jax.checkpoint(body, policy=policies[config.remat], prevent_cse=False)
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"], config: ModelConfig) -> Float[Array, "B S D"]:
-    return table[tokens].astype(config.dtype)
+    """The tokens' rows of the table. Devices that `tensor` gives the same tokens keep their part of the vocabulary."""
+    if not local.live("tensor") or local.varying_over(tokens, "tensor"):
+        return vocabulary(table, config)[tokens].astype(config.dtype)
+    part = whole(table, config, (None, "embed"))
+    here = tokens - local.index("tensor") * part.shape[0]
+    known = (here >= 0) & (here < part.shape[0])
+    rows = jnp.where(known[..., None], part[jnp.where(known, here, 0)], 0)
+    return local.total(rows.astype(config.dtype), "tensor")
+
+
+def vocabulary(table: Float[Array, "v d"], config: ModelConfig) -> Float[Array, "V D"]:
+    """The whole embedding or head, of which each device holds a part."""
+    return whole(table, config, ("vocab", "embed"))
 
 
 def head_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
-    return params["embed" if config.tie_word_embeddings else "head"]["weight"]
+    return vocabulary(params["embed" if config.tie_word_embeddings else "head"]["weight"], config)
 
 
 def head_logits(hidden: Float[Array, "*n D"], weight: Float[Array, "V D"]) -> Float[Array, "*n V"]:
@@ -202,11 +255,24 @@ def mtp_forward(
     """The multi-token-prediction layer over whole sequences; `hidden` is `forward(…).hidden`, if at hand already."""
     if not config.has_mtp:
         raise UserError("this model has no MTP layer (num_nextn_predict_layers is 0)")
-    rows = rows_of(jnp.asarray(tokens), positions, segment_ids, attention_mask)
-    if hidden is None:
-        hidden, _, _ = hidden_states(params, config, tokens, rows)
-    out, routing = mtp_hidden(params, config, hidden[:, :-1], tokens[:, 1:], Rows(*(x[:, :-1] for x in rows)))
-    return MTPOutput(head_logits(out, mtp_head_weight(params, config)), out, routing)
+    tokens = jnp.asarray(tokens)
+
+    def run(params: Params, tokens: Array, next_tokens: Array, rows: Rows, hidden: Array | None) -> MTPOutput:
+        if hidden is None:
+            hidden, _, _ = hidden_states(params, config, tokens, rows)
+        out, routing = mtp_hidden(params, config, hidden, next_tokens, rows)
+        return MTPOutput(head_logits(out, mtp_head_weight(params, config)), out, _of_all(routing))
+
+    rows = rows_of(tokens, positions, segment_ids, attention_mask)
+    arrays = (tokens, shifted(tokens, 1), rows, hidden)
+    out = over_mesh(run, config, params, arrays, MTPOutput(0, 0, Routing(0, 0, 0, None)))
+    cut = lambda x: x if x.ndim == 0 else x[:, :-1]  # noqa: E731  the last token has none after it
+    return jax.tree.map(cut, out)
+
+
+def shifted(x: Int[Array, "B S"], by: int) -> Int[Array, "B S"]:
+    """What stands `by` places further on in each row; 0 past its end."""
+    return jnp.pad(x[:, by:], ((0, 0), (0, by)))
 
 
 def mtp_hidden(
@@ -214,14 +280,19 @@ def mtp_hidden(
 ) -> tuple[Float[Array, "B S D"], Routing]:
     """From the hidden state at t (after the final norm) and token t + 1: the hidden state that predicts token t + 2."""
 
-    def run(mtp_params, h):
-        module = merge_outer(config, {**outer, "mtp": mtp_params}).mtp
+    rows_seen = sequence_of(*rows, config)
+
+    def run(layer, h):
+        layer = whole(layer, config, {name: param_axes(config)["mtp"][name] for name in layer})
+        module = merge_outer(config, {**outer, "mtp": {**tables, **layer}}).mtp
         z = mtp_input(module, config, h, embed(mtp_embed_weight(params, config), next_tokens, config))
-        z, routing = block(module.block, config, z, rows, rotary_tables(config, rows.positions))
+        z, routing = block(module.block, config, z, rows_seen)
         return rms_norm(z, module.norm.scale[...], config.rms_norm_eps), routing
 
     outer = {k: v for k, v in params.items() if k not in stacked_kinds(config)}
-    return remat(run, config)(params["mtp"], hidden)
+    tables = {name: params["mtp"][name] for name in ("embed", "head") if name in params["mtp"]}
+    layer = {name: value for name, value in params["mtp"].items() if name not in tables}
+    return remat(run, config)(layer, hidden)
 
 
 def mtp_input(
@@ -238,4 +309,4 @@ def mtp_embed_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]
 
 
 def mtp_head_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
-    return params["mtp"]["head"]["weight"] if config.mtp_own_head else head_weight(params, config)
+    return vocabulary(params["mtp"]["head"]["weight"], config) if config.mtp_own_head else head_weight(params, config)

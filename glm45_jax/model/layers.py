@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
+from glm45_jax.parallel import local
 from pallas_kernels.residuals import RESIDUAL
 
 _FEW_ROWS = 32
@@ -80,7 +81,25 @@ def _unfused(x: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def swiglu(x: Float[Array, "*n D"], mlp: Any) -> Float[Array, "*n D"]:
     """down(silu(gate x) * up x)."""
-    return linear(gated(linear(x, mlp.gate), linear(x, mlp.up)), mlp.down)
+    whole = enter_tensor(x)
+    return leave_tensor(linear(gated(linear(whole, mlp.gate), linear(whole, mlp.up)), mlp.down), x)
+
+
+# Heads and widths are cut over the mesh axis `tensor`, and between the products the tokens are: what enters is put
+# together, and the parts of sums that leave are added up and cut again. Where the tokens are the same on all devices of
+# the axis (decoding), nothing is put together, and the sums are whole.
+
+
+def enter_tensor(x: Float[Array, "*n t D"]) -> Float[Array, "*n T D"]:
+    """All tokens for products whose outputs are cut over `tensor`."""
+    return local.gather(x, "tensor", axis=x.ndim - 2)
+
+
+def leave_tensor(y: Float[Array, "*n T D"], x: Float[Array, "*n t D"]) -> Float[Array, "*n t D"]:
+    """The sums of the devices' parts `y`, cut as `x`, from which `enter_tensor` made what they were computed from."""
+    if local.varying_over(x, "tensor"):
+        return local.scatter_total(y, "tensor", axis=y.ndim - 2)
+    return local.total(y, "tensor")
 
 
 @recomputed

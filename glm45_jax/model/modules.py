@@ -39,7 +39,7 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """The scale of an RMSNorm over `dim` values."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs, dim: int, axis: str | None = "embed"):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs, dim: int, axis: str | None = "norm"):
         self.scale = _param(rngs, (dim,), (axis,), jax.nn.initializers.ones, c.param_dtype)
 
 
@@ -72,8 +72,8 @@ class Router(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         shape, normal = (c.n_routed_experts, c.hidden_size), jax.nn.initializers.normal(c.initializer_range)
-        self.weight = _param(rngs, shape, ("experts", "embed"), normal, c.param_dtype)
-        self.bias = _param(rngs, shape[:1], ("experts",), jax.nn.initializers.zeros, "float32")
+        self.weight = _param(rngs, shape, ("router", "embed"), normal, c.param_dtype)
+        self.bias = _param(rngs, shape[:1], ("router",), jax.nn.initializers.zeros, "float32")
 
 
 class Experts(nnx.Module):
@@ -82,9 +82,9 @@ class Experts(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         e, f, d = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
         normal = jax.nn.initializers.normal(c.initializer_range)
-        self.gate = _param(rngs, (e, f, d), ("experts", "expert_mlp", "embed"), normal, c.param_dtype)
-        self.up = _param(rngs, (e, f, d), ("experts", "expert_mlp", "embed"), normal, c.param_dtype)
-        self.down = _param(rngs, (e, d, f), ("experts", "embed", "expert_mlp"), normal, c.param_dtype)
+        self.gate = _param(rngs, (e, f, d), ("experts", "expert_mlp", "expert_embed"), normal, c.param_dtype)
+        self.up = _param(rngs, (e, f, d), ("experts", "expert_mlp", "expert_embed"), normal, c.param_dtype)
+        self.down = _param(rngs, (e, d, f), ("experts", "expert_embed", "expert_mlp"), normal, c.param_dtype)
 
 
 class MoE(nnx.Module):

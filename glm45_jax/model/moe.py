@@ -1,32 +1,28 @@
 """The mixture of experts: a sigmoid router whose bias selects but never weighs, routed experts, a shared expert.
 
-Every token goes to its experts; none is dropped. Rows are sorted by expert and multiplied group by group.
-
-Axes: T tokens, D model, E experts, k experts per token, M = T * k routed rows, F expert width.
+Axes: T tokens, D model, E experts, k experts per token.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import recomputed, swiglu
-from pallas_kernels import fused_moe, grouped_matmul, grouped_swiglu
-from pallas_kernels.residuals import keep
+from glm45_jax.model.experts import few_tokens, routed_experts
+from glm45_jax.model.layers import swiglu
 
 
 class Routing(NamedTuple):
-    """What the router decided, all in float32."""
+    """What the router decided, in float32, and how many choices found no room (none without a capacity)."""
 
     logits: Float[Array, "T E"]
     indices: Int[Array, "T k"]
     weights: Float[Array, "T k"]
+    dropped: Int[Array, ""]
 
 
 def route(x: Float[Array, "T D"], router: Any, config: ModelConfig) -> Routing:
@@ -47,7 +43,7 @@ def route(x: Float[Array, "T D"], router: Any, config: ModelConfig) -> Routing:
     weights = jnp.take_along_axis(scores, indices, axis=-1)
     if config.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return Routing(logits, indices, weights * config.routed_scaling_factor)
+    return Routing(logits, indices, weights * config.routed_scaling_factor, jnp.int32(0))
 
 
 def _only_best_groups(biased: Float[Array, "T E"], config: ModelConfig) -> Float[Array, "T E"]:
@@ -61,86 +57,19 @@ def _only_best_groups(biased: Float[Array, "T E"], config: ModelConfig) -> Float
 
 
 def moe(x: Float[Array, "T D"], module: Any, config: ModelConfig) -> tuple[Float[Array, "T D"], Routing]:
-    """Routed experts plus the shared expert (never scaled), by grouped matmuls; differentiable."""
+    """Routed experts plus the shared expert (never scaled); differentiable."""
     routing = route(x, module.router, config)
-    out = routed_experts(x, routing, module.experts, config)
-    return _add_shared(out, x, module), routing
+    out, dropped = routed_experts(x, routing.indices, routing.weights, module.experts, config)
+    return _add_shared(out, x, module), routing._replace(dropped=dropped)
 
 
 def moe_decode(x: Float[Array, "T D"], module: Any, config: ModelConfig, layer: Array | None) -> Float[Array, "T D"]:
     """`moe` for decoding: expert weights stay stacked over layers, for few tokens in one fused op."""
     routing = route(x, module.router, config)
-    if x.shape[0] * config.num_experts_per_tok <= 4 * config.n_routed_experts:
-        e = module.experts
-        gate, up, down = (w[...].astype(x.dtype) for w in (e.gate, e.up, e.down))
-        out = fused_moe(
-            x, gate, up, down, routing.indices, routing.weights,
-            layer=layer, transpose_rhs=True, implementation=config.implementation,
-        )  # fmt: skip
-    else:
-        out = routed_experts(x, routing, module.experts, config, layer)
+    run = few_tokens if x.shape[0] * config.num_experts_per_tok <= 4 * config.n_routed_experts else routed_experts
+    out, _ = run(x, routing.indices, routing.weights, module.experts, config, layer)
     return _add_shared(out, x, module)
 
 
 def _add_shared(out: Float[Array, "T D"], x: Float[Array, "T D"], module: Any) -> Float[Array, "T D"]:
     return out + swiglu(x, module.shared) if hasattr(module, "shared") else out
-
-
-@functools.partial(recomputed, static_argnums=3)
-def routed_experts(
-    x: Float[Array, "T D"], routing: Routing, experts: Any, config: ModelConfig, layer: Array | None = None
-) -> Float[Array, "T D"]:
-    """Sends each token to its experts and sums their answers by weight; only the routed work is done."""
-    top_k = config.num_experts_per_tok
-    flat = routing.indices.reshape(-1)
-    order = keep(jnp.argsort(flat, stable=True))  # routed rows sorted by expert
-    place = keep(jnp.argsort(order))  # where each (token, choice) went
-    sizes = keep(jnp.bincount(flat, length=config.n_routed_experts).astype(jnp.int32))
-
-    gate, up, down = (w[...].astype(x.dtype) for w in (experts.gate, experts.up, experts.down))
-    how = {"transpose_rhs": True, "layer": layer, "implementation": config.implementation}
-    rows = _dispatch(x, order, place, top_k)
-    hidden = grouped_swiglu(rows, gate, up, sizes, keep_products=config.remat == "none", **how)
-    hidden = _weighted(hidden, _permute(routing.weights.reshape(-1), order, place))
-    answers = _permute(grouped_matmul(hidden, down, sizes, **how), place, order)
-    return answers.reshape(-1, top_k, x.shape[-1]).astype(jnp.float32).sum(1).astype(x.dtype)
-
-
-def _weighted(hidden: Float[Array, "M F"], weights: Float[Array, " M"]) -> Float[Array, "M F"]:
-    """The experts' hidden rows, weighted here and not after `down`: the answers need not wait for the backward pass."""
-    return (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
-
-
-# Dispatch and permutation are gathers both ways: XLA would derive a scatter-add from a gather, slow everywhere.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(
-    x: Float[Array, "T D"], order: Int[Array, " M"], place: Int[Array, " M"], top_k: int
-) -> Float[Array, "M D"]:
-    """Each token's row once per chosen expert, sorted by expert."""
-    return x[order // top_k]
-
-
-def _dispatch_bwd(top_k, place, dout):
-    by_token = dout[place].reshape(-1, top_k, dout.shape[-1])
-    return by_token.astype(jnp.float32).sum(1).astype(dout.dtype), _no_gradient(place), _no_gradient(place)
-
-
-_dispatch.defvjp(lambda x, order, place, top_k: (_dispatch(x, order, place, top_k), place), _dispatch_bwd)
-
-
-@jax.custom_vjp
-def _permute(x: Float[Array, "M ..."], order: Int[Array, " M"], back: Int[Array, " M"]) -> Float[Array, "M ..."]:
-    """x[order], where `back` is the inverse of `order`."""
-    return x[order]
-
-
-_permute.defvjp(
-    lambda x, order, back: (x[order], back),
-    lambda back, dout: (dout[back], _no_gradient(back), _no_gradient(back)),
-)
-
-
-def _no_gradient(x: Array) -> np.ndarray:
-    return np.zeros(x.shape, jax.dtypes.float0)

@@ -13,13 +13,16 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.model import modules
-from glm45_jax.parallel.sharding import MeshAxes, tree_shardings
+from glm45_jax.parallel import local
+from glm45_jax.parallel.sharding import GATHERED, MeshAxes, as_axes, rules_of, tree_shardings
 
 Params = dict[str, Any]
+WHOLE = "whole_weight"  # what `whole` gathered, to remat policies: never kept
 
 
 def _make(config: ModelConfig, kind: str, rngs: nnx.Rngs) -> nnx.Module:
@@ -64,6 +67,7 @@ def abstract_params(config: ModelConfig) -> Params:
     return shapes("outer", ()) | {kind: shapes(kind, (count,)) for kind, count in stacked_kinds(config).items()}
 
 
+@functools.cache
 def param_axes(config: ModelConfig) -> Params:
     """The same tree with each leaf's logical axes, a tuple of names or None, one per dimension."""
 
@@ -75,14 +79,58 @@ def param_axes(config: ModelConfig) -> Params:
     return axes("outer", ()) | {kind: axes(kind, ("layers",)) for kind in stacked_kinds(config)}
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, rules: Mapping[str, MeshAxes] | None = None) -> Params:
+def param_shardings(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Mapping[str, MeshAxes] | None = None
+) -> Params:
     """The tree of `NamedSharding`s over `mesh`, by the rules of `glm45_jax.parallel` with the changes in `rules`.
 
     Raises:
       UserError: one list of every parameter that cannot be divided so.
     """
     heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
-    return tree_shardings(abstract_params(config), param_axes(config), mesh, rules, units=heads)
+    table = rules_of(config) | dict(rules or {})
+    tensor = mesh.shape.get("tensor", 1)
+    if table["kv_heads"] == "tensor" and tensor > heads["kv_heads"] and tensor % heads["kv_heads"] == 0:
+        table["kv_heads"] = None  # more devices than kv heads: each has all, and uses one
+    return tree_shardings(abstract_params(config), param_axes(config), mesh, table, units=heads)
+
+
+def param_specs(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
+    """The `PartitionSpec`s of `param_shardings`."""
+    return jax.tree.map(lambda sharding: sharding.spec, param_shardings(config, mesh))
+
+
+def whole(params: Any, config: ModelConfig, axes: Any, apart: tuple[str, ...] = ()) -> Any:
+    """A layer's parameters, or those around the layers, as the layer uses them, inside a `shard_map`.
+
+    What the rules cut only to store it is gathered. Matrices are rounded to the model's dtype before they travel; the
+    router's is float32 to the end.
+
+    Args:
+      axes: logical axes of the leaves, without `layers`.
+      apart: mesh axes over which they are whole already.
+    """
+    if not local.live():
+        return params
+    rules = rules_of(config)
+
+    def one(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        names = lambda axis: tuple(name for name in as_axes(rules[axis]) if name not in apart)  # noqa: E731
+        cut = [(i, names(axis)) for i, axis in enumerate(axes) if axis in GATHERED]
+        if cut and "router" not in axes:
+            x = x.astype(config.dtype)
+        for i, names in cut:
+            x = local.gather_stored(x, names, axis=i)
+        return checkpoint_name(x, WHOLE) if cut else x
+
+    return jax.tree.map(one, params, axes)
+
+
+@functools.cache
+def layer_axes(config: ModelConfig, kind: str) -> Params:
+    """Logical axes of the parameters of one layer of a stacked kind."""
+    drop = lambda axes: axes[1:]  # noqa: E731
+    return jax.tree.map(drop, param_axes(config)[kind], is_leaf=lambda x: isinstance(x, tuple))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

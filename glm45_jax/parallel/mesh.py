@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from glm45_jax.errors import UserError
@@ -42,10 +44,13 @@ class MeshConfig:
 def make_mesh(devices: Sequence[Any] | None = None, **axis_sizes: int) -> Mesh:
     """A mesh of Auto axes in the order given; one size may be -1: what remains.
 
+    TPUs are laid out along their torus as well as JAX can. Of several slices each has the same part of the `data` axis,
+    the only one that then crosses the network between them.
+
     >>> make_mesh(fsdp=2, tensor=-1)
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices.
+      UserError: the sizes don't multiply to the number of devices, or `data` doesn't divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, known = dict(axis_sizes), math.prod(size for size in axis_sizes.values() if size != -1)
@@ -54,5 +59,19 @@ def make_mesh(devices: Sequence[Any] | None = None, **axis_sizes: int) -> Mesh:
         sizes[open_axes[0]] = len(devices) // known
     if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
         raise UserError(f"a mesh of {axis_sizes} does not divide {len(devices)} devices")
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    return Mesh(_laid_out(sizes, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _laid_out(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    how = {"devices": devices, "allow_split_physical_axes": True}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), **how)
+    if sizes.get("data", 1) % slices:
+        raise UserError(
+            f"{slices} slices need a data axis of a multiple of {slices}, which alone crosses the network between "
+            f"them; this mesh has data={sizes.get('data', 1)}"
+        )
+    between = tuple(slices if name == "data" else 1 for name in sizes)
+    within = tuple(size // n for size, n in zip(sizes.values(), between))
+    return mesh_utils.create_hybrid_device_mesh(within, between, **how)

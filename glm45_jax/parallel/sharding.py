@@ -1,7 +1,6 @@
 """Sharding is data: logical axis names of the parameters, one table of rules to mesh axes, and checks.
 
-Mesh axes that the rules speak of: `fsdp` (parameters divided, gathered where used), `tensor` (heads, widths,
-vocabulary) and `expert`. A mesh may lack any of them.
+A mesh may lack any of the axes that the rules speak of (`mesh.AXES`); those that it has at size 1 cut nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +12,35 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 
 MeshAxes = str | tuple[str, ...] | None
 
-# logical axis of a parameter -> mesh axis or axes; None: every device holds all of it
+# Logical axis of a parameter -> mesh axis or axes; None: every device holds all of it. What is cut by `GATHERED` is put
+# together where a layer uses it; the rest stays cut, and the work with it. `pipeline` comes last: then what its stages
+# put together for their layers is in order.
 RULES: dict[str, MeshAxes] = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert", "context", "pipeline"),
+    "norm": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "experts": "expert",
-    "expert_mlp": "tensor",
+    "router": None,
+    "experts": ("expert", "tensor"),
+    "expert_embed": ("fsdp", "context", "pipeline"),
+    "expert_mlp": None,
 }
+GATHERED = ("vocab", "embed", "expert_embed")
+# For decoding, where a step has no time to gather weights: `ModelConfig.parallel.rules`.
+SERVING_RULES: tuple[tuple[str, ...], ...] = (("embed",), ("expert_embed",))
+
+
+def rules_of(config: ModelConfig) -> dict[str, MeshAxes]:
+    """`RULES` with the changes of `config.parallel`."""
+    return RULES | {logical: axes or None for logical, *rest in config.parallel.rules for axes in [tuple(rest)]}
 
 
 def tree_shardings(
@@ -79,9 +92,12 @@ def tree_shardings(
 
 
 def _mesh_axes(rule: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes of a rule that this mesh has."""
-    wanted = (rule,) if isinstance(rule, str) else rule or ()
-    return tuple(name for name in wanted if name in mesh.shape)
+    """The mesh axes of a rule along which this mesh has several devices."""
+    return tuple(name for name in as_axes(rule) if mesh.shape.get(name, 1) > 1)
+
+
+def as_axes(rule: MeshAxes) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
 
 
 def _dotted(path: Any) -> str:

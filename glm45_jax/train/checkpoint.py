@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,7 +73,9 @@ class Checkpoints:
         with self._explained():  # also of the save before, which ran beside the steps
             self._manager.save(int(state.step), args=saving)
 
-    def restore(self, like: TrainState, model: ModelConfig) -> tuple[TrainState, dict[str, Any] | None] | None:
+    def restore(
+        self, like: TrainState, model: ModelConfig, may_differ: Collection[str] = ()
+    ) -> tuple[TrainState, dict[str, Any] | None] | None:
         """State and data position of the newest checkpoint that is whole; None where there is none.
 
         One that cannot be read, or whose values are not those that were saved (a damaged disk, a copy cut short), is
@@ -81,6 +83,7 @@ class Checkpoints:
 
         Args:
           like: the state's shapes, dtypes and shardings.
+          may_differ: fields of the model that may be others than the checkpoint's.
 
         Raises:
           UserError: the checkpoint is of another model, or none of several is whole.
@@ -91,7 +94,7 @@ class Checkpoints:
             folder = self._folder / str(step)
             about, why = _for_all(lambda folder=folder: _read_about(folder))
             if about is not None:
-                _check_model(about["model"], model, folder)
+                _check_model(about["model"], model, folder, may_differ)
                 _check_arrays(about["arrays"], _described(_to_saved(like)), folder)
                 saved, why = _for_all(lambda folder=folder: _read_state(folder, _to_saved(like)))
                 why = why or _difference(about["arrays"], saved)
@@ -199,11 +202,13 @@ def _from_saved(saved: Any) -> TrainState:
     return TrainState(**{**saved, "rng": jax.random.wrap_key_data(saved["rng"])})
 
 
-def _check_model(saved: dict[str, Any], model: ModelConfig, where: Path) -> None:
+def _check_model(saved: dict[str, Any], model: ModelConfig, where: Path, may_differ: Collection[str]) -> None:
     different = [
         f"{name} was {saved.get(name)!r}, is {value!r}"
         for name, value in dataclasses.asdict(model).items()
-        if name not in _COMPUTE_FIELDS and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
+        if name not in _COMPUTE_FIELDS
+        and name not in may_differ
+        and saved.get(name) != (list(value) if isinstance(value, tuple) else value)
     ]
     if different:
         raise UserError(

@@ -35,24 +35,77 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchWarmup:
+    """The batch grows in even steps from `start` sequences to `batch_size`."""
+
+    start: int  # sequences
+    tokens: int  # over so many
+    sizes: int = 4  # in so many sizes, the last of which comes before batch_size; each is compiled once
+    to: int | None = None  # sequences at the end; null: batch_size
+
+    def __post_init__(self) -> None:
+        if self.start < 1 or self.tokens < 1 or self.sizes < 1:
+            raise UserError("start, tokens and sizes of a batch warm-up must be at least 1")
+
+    def batch_sizes(self, end: int, micro_batch: int) -> tuple[int, ...]:
+        """Whole micro-batches, all before `end`."""
+        exact = [self.start + (end - self.start) * n / self.sizes for n in range(self.sizes)]
+        return tuple(max(1, round(size / micro_batch)) * micro_batch for size in exact)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """Settings that hold once so many tokens have been seen, those of a chain's earlier stages included."""
+
+    tokens: int
+    mtp_loss_weight: float | None = None  # null: as before
+    balance_loss_weight: float | None = None
+    bias_update_rate: float | None = None
+
+    def settings(self) -> dict[str, float]:
+        """What changes."""
+        given = dataclasses.asdict(self)
+        return {key: value for key, value in given.items() if key != "tokens" and value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """When a gradient counts as a spike and its step is left out."""
+
+    factor: float = 5.0  # norm above so many times its running mean
+    warmup: int = 100  # steps before any is judged
+    patience: int = 10  # so many are left out in a row at most
+
+    def __post_init__(self) -> None:
+        if self.factor <= 1 or self.warmup < 1 or self.patience < 1:
+            raise UserError("skip_spikes: factor must be above 1, warmup and patience at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Frozen and hashable: `train_step` takes it as a static argument."""
 
     model: ModelConfig
-    steps: int  # of the optimizer
+    steps: int  # where the run ends; counted from the beginning of the chain, for a stage of one
     batch_size: int = 8  # sequences per step, all micro-batches together
+    batch_warmup: BatchWarmup | None = None
     seq_len: int = 512
-    accumulation: int = 1  # micro-batches per step; must divide batch_size
+    accumulation: int = 1  # micro-batches per step; must divide batch_size. Their size stays as the batch grows
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mtp_loss_weight: float = 0.3  # 0.1 in the last part of the paper's pre-training
     balance_loss_weight: float = 1e-4  # sequence-level balance loss
     bias_update_rate: float = 1e-3  # loss-free balance; 0 leaves the selection bias alone
+    changes: tuple[Change, ...] = ()  # of these three weights, in the order of their tokens
+    skip_spikes: SpikeConfig | None = None  # null: only gradients that are not finite are left out
     max_minutes: float | None = None  # the run is over here at the latest; None: no limit
     seed: int = 0
 
     data: DataConfig | None = None
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     init_from: str | None = None  # start from the weights of this checkpoint
+    continue_from: str | None = None  # start from the last state of the run in this output_dir, optimizer and all
+    first_step: int = 0  # at which that run ended; the schedules go on from there
+    first_tokens: int = 0  # that it had seen
 
     output_dir: str | None = (
         None  # checkpoints, metrics, tokenizer and the final model; an interrupted run goes on here
@@ -79,6 +132,11 @@ class TrainConfig:
             raise UserError(f"max_minutes is {self.max_minutes}, it must be positive, or null for no limit")
         if self.batch_size % self.accumulation:
             raise UserError(f"accumulation ({self.accumulation}) does not divide batch_size ({self.batch_size})")
+        if not 0 <= self.first_step < self.steps or self.first_tokens < 0:
+            raise UserError(f"the run begins at step {self.first_step}, it must lie in 0..{self.steps - 1}")
+        if self.init_from is not None and self.continue_from is not None:
+            raise UserError("init_from and continue_from both say where to start; give one of them")
+        self._check_schedules()
         if not 2 <= self.seq_len <= self.model.max_position_embeddings:
             limit = self.model.max_position_embeddings
             raise UserError(f"seq_len is {self.seq_len}, it must lie in 2..{limit} (max_position_embeddings)")
@@ -91,7 +149,24 @@ class TrainConfig:
         for name in ("mtp_loss_weight", "balance_loss_weight", "bias_update_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is negative")
-        make_schedule(self.optimizer, self.steps)  # tells of a warm-up longer than the run
+
+    def _check_schedules(self) -> None:
+        if self.batch_warmup is not None:
+            end, micro = self.batch_warmup.to or self.batch_size, self.batch_size // self.accumulation
+            if self.batch_warmup.start > end:
+                raise UserError(f"batch_warmup.start ({self.batch_warmup.start}) is above batch_size ({end})")
+            if end % micro or self.batch_warmup.start % micro:
+                raise UserError(
+                    f"batch_warmup goes from {self.batch_warmup.start} to {end} sequences, which are no whole "
+                    f"micro-batches of {micro}; set accumulation so that batch_size / accumulation divides both"
+                )
+        if list(self.changes) != sorted(self.changes, key=lambda change: change.tokens):
+            raise UserError("changes must stand in the order of their tokens")
+        if any(value < 0 for change in self.changes for value in change.settings().values()):
+            raise UserError("a weight in changes is negative")
+        size = (self.batch_warmup and self.batch_warmup.to) or self.batch_size
+        end = self.first_tokens + (self.steps - self.first_step) * size * self.seq_len
+        make_schedule(self.optimizer, self.steps, [(self.steps, end)])  # tells of a warm-up longer than the run
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)
@@ -103,6 +178,11 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     Raises:
       UserError: no such file, not YAML, an unknown key, or a value that its field cannot take.
     """
+    return train_config_from(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain nested values of a YAML file, with `key=value` overrides put over them."""
     try:
         tree = yaml.safe_load(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -113,7 +193,7 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
         raise UserError(f"{path}: expected a mapping of fields to values, found {type(tree).__name__}")
     for override in overrides:
         _put(tree, override)
-    return train_config_from(tree, str(path))
+    return tree
 
 
 def train_config_from(tree: Mapping[str, Any], where: str = "config") -> TrainConfig:
@@ -121,7 +201,7 @@ def train_config_from(tree: Mapping[str, Any], where: str = "config") -> TrainCo
     tree = dict(tree)
     _check_keys(TrainConfig, tree, where)
     model = tree.pop("model", None)
-    tree["model"] = _model(model, tree.get("init_from"), where)
+    tree["model"] = model_from(model, tree.get("init_from"), where)
     return build(TrainConfig, tree, where)
 
 
@@ -132,7 +212,7 @@ def to_tree(config: Any) -> Any:
     return [to_tree(value) for value in config] if isinstance(config, tuple) else config
 
 
-def _model(model: Any, init_from: str | None, where: str) -> ModelConfig:
+def model_from(model: Any, init_from: str | None, where: str) -> ModelConfig:
     """A preset, a checkpoint's config, or all fields, with fields replaced; parameters are float32 unless said."""
     if isinstance(model, str):
         model = {"preset": model}
@@ -206,7 +286,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _check_keys(cls: Any, tree: Mapping[str, Any], where: str, extra: Sequence[str] = ()) -> None:
-    known = [field.name for field in dataclasses.fields(cls)] + list(extra)
+    check_keys([field.name for field in dataclasses.fields(cls)] + list(extra), tree, where)
+
+
+def check_keys(known: Sequence[str], tree: Mapping[str, Any], where: str) -> None:
+    """Refuses keys that are not known, with what may have been meant."""
     for key in tree:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{_hint(key, known)}. Known: {', '.join(known)}")

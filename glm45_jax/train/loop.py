@@ -29,11 +29,12 @@ from glm45_jax.errors import UserError
 from glm45_jax.model import Params, abstract_params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
+from glm45_jax.train import timeline
 from glm45_jax.train.checkpoint import Checkpoints
 from glm45_jax.train.config import TrainConfig, to_tree
 from glm45_jax.train.digest import params_digest
 from glm45_jax.train.distributed import gather, initialize, is_first
-from glm45_jax.train.feed import Feed
+from glm45_jax.train.feed import Feed, shards_here
 from glm45_jax.train.loss import Batch, loss_fn
 from glm45_jax.train.placement import abstract_state, constrained, run_mesh
 from glm45_jax.train.report import Profiler, Reporter
@@ -45,8 +46,8 @@ OnMetrics = Callable[[int, Metrics], None]
 
 # What `train_step` and `init_state` read.
 _STEP_FIELDS = {
-    "model", "steps", "accumulation", "batch_size", "seq_len", "optimizer", "mtp_loss_weight", "balance_loss_weight",
-    "bias_update_rate", "seed",
+    "model", "steps", "accumulation", "batch_size", "batch_warmup", "seq_len", "optimizer", "mtp_loss_weight",
+    "balance_loss_weight", "bias_update_rate", "skip_spikes", "first_step", "first_tokens", "seed",
 }  # fmt: skip
 _PATIENCE = 15.0  # seconds beyond the heartbeat's in which an earlier run of several processes may still be ending
 
@@ -196,10 +197,27 @@ def _start(config: TrainConfig, mesh: Mesh | None, checkpoints: Checkpoints, fee
         if position is not None and int(state.step) < config.steps:
             feed.set_state(position)
         return state
+    if config.continue_from is not None:
+        return _continued(config, abstract_state(config, mesh))
     params = None if config.init_from is None else _initial_params(config, mesh)
     state = _first_state(_compiled_fields(config), params, mesh)
     # Placed as a restored state is: both are then stepped by one and the same program.
     return jax.device_put(state, jax.devices()[0]) if mesh is None else jax.block_until_ready(state)
+
+
+def _continued(config: TrainConfig, like: TrainState) -> TrainState:
+    """The last state of the run in `continue_from`; how positions are rotated may differ from then on."""
+    before = Checkpoints(Path(str(config.continue_from)) / "checkpoints", config.keep)
+    restored = before.restore(like, config.model, may_differ=("rope_theta", "max_position_embeddings"))
+    before.close()
+    step = None if restored is None else int(restored[0].step)
+    if restored is None or step != config.first_step:
+        found = "has no checkpoints" if step is None else f"ends at step {step}"
+        raise UserError(
+            f"continue_from {config.continue_from}: that run {found}, this one begins at step {config.first_step}. "
+            "Finish that run first (did its data or its time end early?), or set first_step and first_tokens"
+        )
+    return restored[0]
 
 
 def _initial_params(config: TrainConfig, mesh: Mesh | None) -> Params:
@@ -231,20 +249,22 @@ class _Run:
 
     def steps(self, state: TrainState) -> tuple[TrainState, bool]:
         """Returns the last state, and whether the run is over rather than stopped."""
-        config, fixed, clock = self.config, _compiled_fields(self.config), self.reporter.clock
+        config, clock = self.config, self.reporter.clock
         eval_start = None if self.held_out is None else self.held_out.get_state()
         saved, metrics, step = self.checkpoints.latest, None, int(state.step)
         clock.lap(useful=False)
         while step < config.steps and not self.stopping.reason():
             if self.feed.ends:  # they are about to ask one another whether there is a batch
                 self._one_ahead(metrics)
-            batch = next(self.feed, None)
+            now = timeline.at(config, step)
+            batch = self.feed.take(now.batch_size)
             if batch is None:
                 self.reporter.say(f"the data end after {step} of {config.steps} steps")
                 break
             self._one_ahead(metrics)
             self.profiler.before(step + 1)
             compiled = metrics is not None
+            fixed = _compiled_fields(now)
             state, metrics = _step(state, batch, self.stopping.vote(), config=fixed, mesh=self.mesh)
             self.stopping.count(metrics.pop("stop", None))
             clock.lap(useful=compiled)
@@ -256,8 +276,8 @@ class _Run:
             if step % config.save_every == 0:
                 self._save(state, metrics)
                 saved = step
-        if self.feed.skipped:
-            self.reporter.say(f"{self.feed.skipped} unusable records were left out")
+        for line in self.feed.report():
+            self.reporter.say(line)
         if saved != step and step:
             self._save(state, metrics)
         return state, self._is_over(step)
@@ -305,6 +325,7 @@ class _Run:
         return reason != SIGNAL or step >= self.config.steps
 
 
+@functools.lru_cache
 def _compiled_fields(config: TrainConfig) -> TrainConfig:
     """`config` without what the step does not depend on: a run in another folder needs no new compilation."""
     return TrainConfig(
@@ -319,11 +340,13 @@ def _compiled_fields(config: TrainConfig) -> TrainConfig:
 def _open_feed(
     config: TrainConfig, data: DataConfig, tokenizer: Tokenizer | None, mesh: Mesh | None, stack: contextlib.ExitStack
 ) -> Feed:
+    size = timeline.piece_size(config)
+    shards = None if mesh is None else shards_here(count_shards(data, size), size, mesh)
     batches = build_data(
-        data, tokenizer, config.batch_size, config.seq_len, config.seed, vocab_size=config.model.vocab_size
+        data, tokenizer, size, config.seq_len, config.seed, vocab_size=config.model.vocab_size, shards=shards
     )
     stack.callback(batches.close)
-    return Feed(batches, mesh, ends=data.epochs is not None)
+    return Feed(batches, mesh, shards, ends=data.epochs is not None)
 
 
 def _tokenizer_of_all(config: TrainConfig, out: Path) -> Tokenizer | None:

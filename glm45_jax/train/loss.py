@@ -13,15 +13,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.decoder import Rows, head_weight, hidden_states, mtp_head_weight, mtp_hidden, rows_of
+from glm45_jax.model.decoder import Rows as Places
+from glm45_jax.model.decoder import head_weight, hidden_states, mtp_head_weight, mtp_hidden, rows_of, shifted
 from glm45_jax.model.moe import Routing
+from glm45_jax.model.over_mesh import over_mesh
 from glm45_jax.model.params import Params
+from glm45_jax.parallel import local
+from glm45_jax.parallel.local import SEQUENCE_AXES
 from pallas_kernels import weighted_linear_cross_entropy
 
 Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+
+
+class Rows(NamedTuple):
+    """What the loss reads of a batch, each [B, S]: what a token predicts stands at its own place."""
+
+    tokens: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    next: Int[Array, "B S"]  # the token after
+    after_next: Int[Array, "B S"]
+    has_next: Bool[Array, "B S"]  # not the last of its row
+    is_target: Float[Array, "B S"]  # 1 where the next token counts
+    is_mtp_target: Float[Array, "B S"]  # 1 where the one after it does
 
 
 class Totals(NamedTuple):
@@ -32,11 +50,19 @@ class Totals(NamedTuple):
     sequences: Float[Array, ""]
 
 
-def totals_of(batch: Batch) -> Totals:
+def rows_of_batch(batch: Batch) -> Rows:
+    """The batch as the loss reads it. Shifts along rows are done here, before rows are cut over devices."""
+    tokens = jnp.asarray(batch["tokens"])
+    segments, positions = rows_of(tokens, *(batch.get(n) for n in ("positions", "segment_ids", "attention_mask")))
+    targets = [_is_target(batch, segments, ahead) for ahead in (1, 2)]
+    has_next = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1, tokens.shape)
+    return Rows(tokens, segments, positions, shifted(tokens, 1), shifted(tokens, 2), has_next, *targets)
+
+
+def totals_of(rows: Rows) -> Totals:
     """The denominators of a batch: targets, MTP targets, rows."""
-    rows = _rows(batch)
-    count = lambda ahead: jnp.maximum(_target_weights(batch, rows, ahead).sum(), 1.0)  # noqa: E731
-    return Totals(count(1), count(2), jnp.float32(batch["tokens"].shape[0]))
+    count = lambda weights: jnp.maximum(weights.sum(), 1.0)  # noqa: E731
+    return Totals(count(rows.is_target), count(rows.is_mtp_target), jnp.float32(rows.tokens.shape[0]))
 
 
 def loss_fn(
@@ -46,7 +72,6 @@ def loss_fn(
     *,
     mtp_weight: float | Array = 0.3,
     balance_weight: float | Array = 1e-4,
-    totals: Totals | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of a batch and its parts.
 
@@ -56,53 +81,63 @@ def loss_fn(
         each token whether it counts as a target.
       mtp_weight: of the MTP layer's loss (0.3 for the first 15T tokens of GLM-4.5, then 0.1); without the layer unused.
       balance_weight: of the balance loss.
-      totals: denominators, when the batch is a part of a larger one; by default the batch's own.
 
     Returns:
       The loss, and `cross_entropy` (the plain mean over next tokens), `mtp_cross_entropy`, `balance_loss`, `tokens`,
-      and `expert_load` [Lm (+1 with MTP), E]: tokens, padding left out, that each expert got.
+      `expert_load` [Lm (+1 with MTP), E]: tokens, padding left out, that each expert got, and `dropped`: choices that
+      found no room.
     """
-    tokens, rows = batch["tokens"], _rows(batch)
-    totals = totals_of(batch) if totals is None else totals
-    valid = rows.segment_ids != 0
+    rows = rows_of_batch(batch)
+    totals = totals_of(rows)
+    weights = jnp.float32(mtp_weight), jnp.float32(balance_weight)
 
-    def summarize(routing: Routing, valid=valid):
-        return expert_load(routing, valid), balance_loss(routing, valid) / totals.sequences
+    def run(params: Params, rows: Rows) -> tuple[Array, Metrics]:
+        return local.total(partial_loss(params, config, rows, totals, *weights))
 
-    hidden, _, summary = hidden_states(params, config, tokens, rows, summarize=summarize)
-    weights = _target_weights(batch, rows, ahead=1) / totals.tokens
-    cross_entropy = _cross_entropy(config, hidden[:, :-1], head_weight(params, config), tokens[:, 1:], weights)
-    metrics: dict[str, Any] = {"cross_entropy": cross_entropy, "tokens": totals.tokens}
-    loads, balances = ([], []) if summary is None else ([summary[0]], [summary[1].sum()])
+    loss, metrics = over_mesh(run, config, params, (rows,), None)
+    return loss, metrics | {"tokens": totals.tokens}
+
+
+def partial_loss(
+    params: Params, config: ModelConfig, rows: Rows, totals: Totals, mtp_weight: Any, balance_weight: Any
+) -> tuple[Float[Array, ""], Metrics]:
+    """What these rows add to the loss of a batch and to its parts: a micro-batch's, a device's."""
+    place = Places(rows.segment_ids, rows.positions)
+
+    def summarize(routing: Routing, segment_ids: Array):
+        valid = segment_ids != 0
+        return expert_load(routing, valid), balance_loss(routing, valid) / totals.sequences, routing.dropped
+
+    hidden, _, summary = hidden_states(params, config, rows.tokens, place, summarize=summarize, pipelined=True)
+    cross_entropy = _cross_entropy(
+        config, hidden, head_weight(params, config), rows.next, rows.is_target / totals.tokens
+    )
+    metrics: Metrics = {"cross_entropy": cross_entropy}
+    parts = [] if summary is None else [summary]
     loss = cross_entropy
     if config.has_mtp:
-        out, routing = mtp_hidden(params, config, hidden[:, :-1], tokens[:, 1:], Rows(*(x[:, :-1] for x in rows)))
-        load, balance = summarize(routing, valid[:, :-1])
-        loads.append(load[None])
-        balances.append(balance)
-        weights = _target_weights(batch, rows, ahead=2) / totals.mtp_tokens
-        mtp = _cross_entropy(config, out[:, :-1], mtp_head_weight(params, config), tokens[:, 2:], weights)
+        # the last token has none after it for the MTP layer to read: padding, there
+        known = jnp.where(rows.has_next, rows.segment_ids, 0)
+        out, routing = mtp_hidden(params, config, hidden, rows.next, place._replace(segment_ids=known))
+        parts.append(jax.tree.map(lambda x: x[None], summarize(routing, known)))
+        weights = rows.is_mtp_target / totals.mtp_tokens
+        mtp = _cross_entropy(config, out, mtp_head_weight(params, config), rows.after_next, weights)
         metrics["mtp_cross_entropy"] = mtp
         loss += mtp_weight * mtp
-    if loads:
-        metrics |= {"expert_load": jnp.concatenate(loads), "balance_loss": sum(balances)}
+    if parts:
+        load, balance, dropped = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        metrics |= {"expert_load": load, "balance_loss": balance.sum(), "dropped": dropped.sum()}
         loss += balance_weight * metrics["balance_loss"]
     return loss, metrics
 
 
-def _rows(batch: Batch) -> Rows:
-    optional = (batch.get(name) for name in ("positions", "segment_ids", "attention_mask"))
-    return rows_of(batch["tokens"], *optional)
-
-
-def _target_weights(batch: Batch, rows: Rows, ahead: int) -> Float[Array, "B S-ahead"]:
+def _is_target(batch: Batch, segments: Int[Array, "B S"], ahead: int) -> Float[Array, "B S"]:
     """1 where the token `ahead` of a position is a target: in the same segment all the way, not padding, not masked."""
-    segments = rows.segment_ids
-    same = segments[:, :-ahead] != 0
+    same = segments != 0
     for step in range(1, ahead + 1):
-        same &= segments[:, :-ahead] == segments[:, step : segments.shape[1] - ahead + step]
+        same &= segments == shifted(segments, step)
     if batch.get("loss_mask") is not None:
-        same &= batch["loss_mask"][:, ahead:] != 0
+        same &= shifted(jnp.asarray(batch["loss_mask"]), ahead) != 0
     return same.astype(jnp.float32)
 
 
@@ -127,8 +162,9 @@ def balance_loss(routing: Routing, valid: Array) -> Float[Array, ""]:
     scores = jax.nn.sigmoid(routing.logits)
     experts, top_k = scores.shape[-1], routing.indices.shape[-1]
     _, indices = jax.lax.top_k(jax.lax.stop_gradient(scores), top_k)
-    length = jnp.maximum(valid.sum(1, dtype=jnp.float32), 1.0)[:, None]
-    share = _chosen(indices, valid, experts).sum(1) / (top_k * length)
+    of_row = lambda x: local.total(x.sum(1, dtype=jnp.float32), SEQUENCE_AXES)  # noqa: E731  its pieces on all devices
+    length = jnp.maximum(of_row(valid), 1.0)[:, None]
+    share = of_row(_chosen(indices, valid, experts)) / (top_k * length)
     normalised = scores / (scores.sum(-1, keepdims=True) + 1e-20)
     mean = jnp.where(valid[..., None], normalised, 0).sum(1) / length
     return experts * jnp.sum(share * mean)

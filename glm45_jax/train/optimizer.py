@@ -8,27 +8,28 @@ dimensions: a stack of experts [L, E, F, D] is L times E matrices, an embedding 
   adamw_1d    norm scales and biases, without weight decay
   frozen      the router's selection bias: the loss-free balance rule alone moves it (`train/step.py`)
 
-Sources: arXiv 2508.06471 section 2.4 (Muon with N = 5, momentum 0.95, update RMS 0.2, weight decay 0.1), arXiv
-2502.16982 (update RMS), optax.contrib.muon (the momentum's bias correction; this agrees with it to rounding).
+Source: arXiv 2508.06471 section 2.4 (Muon with N = 5, momentum 0.95, update RMS 0.2, weight decay 0.1). Muon's
+direction itself, and how devices share the work for it, is in `train/muon.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model import param_axes
+from glm45_jax.model import param_axes, param_shardings
+from glm45_jax.train.muon import scale_by_muon
 
 Group = Literal["muon", "adamw", "adamw_1d", "frozen"]
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan, 2024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,17 @@ class OptimizerConfig:
     min_learning_rate: float = 2.5e-5  # at the end of the cosine
     warmup_steps: int = 0  # linear from 0
     decay_steps: int | None = None  # where the cosine ends, counted from step 0; None: with the run
+    warmup_tokens: int | None = None  # both by tokens instead: for batches that grow, and stages of several lengths
+    decay_tokens: int | None = None
     weight_decay: float = 0.1  # decoupled; not on norms and biases
     clip_norm: float | None = 1.0  # of the gradient over all parameters
     muon_head: bool = True  # False: the output head is AdamW's
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
+    ns_dtype: Literal["float32", "bfloat16"] | None = None  # None: float32 on CPU, bfloat16 on TPU and GPU
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon's state
+    adam_dtype: Literal["float32", "bfloat16"] = "float32"  # of AdamW's state
     update_rms: float = 0.2  # of a Muon update, so that both groups share a learning rate
     b1: float = 0.9
     b2: float = 0.95
@@ -61,6 +67,12 @@ class OptimizerConfig:
             ),
             (self.warmup_steps >= 0, "warmup_steps is negative"),
             (self.decay_steps is None or self.decay_steps >= 1, "decay_steps must be at least 1"),
+            (self.warmup_tokens is None or self.warmup_tokens >= 0, "warmup_tokens is negative"),
+            (self.decay_tokens is None or self.decay_tokens >= 1, "decay_tokens must be at least 1"),
+            (
+                not self.by_tokens or not (self.warmup_steps or self.decay_steps),
+                "the schedule is given by steps and by tokens; choose one of them",
+            ),
             (self.weight_decay >= 0, "weight_decay is negative"),
             (self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive, or null for no clipping"),
             (0 <= self.momentum < 1, "momentum lies outside 0..1"),
@@ -71,34 +83,76 @@ class OptimizerConfig:
         if problems:
             raise UserError("optimizer: " + "; ".join(problems))
 
+    @property
+    def by_tokens(self) -> bool:
+        """Whether the learning rate follows the tokens seen rather than the steps."""
+        return self.warmup_tokens is not None or self.decay_tokens is not None
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over `warmup_steps`, then a cosine that ends at `decay_steps` or `steps`."""
-    end = config.decay_steps or steps
-    if config.warmup_steps >= end:
+
+def make_schedule(
+    config: OptimizerConfig, steps: int, milestones: Sequence[tuple[int, int]] | None = None
+) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warm-up, then a cosine that ends where the decay does, or the run.
+
+    Args:
+      steps: where the run ends.
+      milestones: (step, tokens seen before it) between which tokens grow evenly; for a schedule by tokens.
+    """
+    if not config.by_tokens:
+        return _warmup_cosine(config, config.warmup_steps, config.decay_steps or steps, "steps")
+    if not milestones:
+        raise UserError("optimizer: a schedule by tokens needs to know how many a step has; give warmup_steps instead")
+    at, seen = np.array(milestones, np.float64).T
+    end = config.decay_tokens or int(seen[-1])
+    by_share = _warmup_cosine(config, config.warmup_tokens or 0, end, "tokens", scale=end)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        return by_share(jnp.interp(jnp.asarray(step, jnp.float32), jnp.asarray(at), jnp.asarray(seen / end)))
+
+    return schedule
+
+
+def _warmup_cosine(config: OptimizerConfig, warmup: int, end: int, unit: str, scale: int = 1) -> optax.Schedule:
+    """By places in `unit` divided by `scale`."""
+    if warmup >= end:
         raise UserError(
-            f"optimizer.warmup_steps ({config.warmup_steps}) reaches the end of the schedule ({end} steps); "
+            f"optimizer.warmup_{unit} ({warmup}) reaches the end of the schedule ({end} {unit}); "
             "make it smaller, or the run longer"
         )
-    peak, last = config.learning_rate, config.min_learning_rate
-    if not config.warmup_steps:
-        return optax.cosine_decay_schedule(peak, end, alpha=last / peak)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, end, end_value=last)
+    peak, last, rise, length = config.learning_rate, config.min_learning_rate, warmup / scale, end / scale
+
+    def schedule(place: jax.typing.ArrayLike) -> jax.Array:
+        place = jnp.asarray(place, jnp.float32)
+        share = jnp.clip((place - rise) / (length - rise), 0, 1)
+        cosine = last + (peak - last) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        return jnp.where(place < rise, peak * place / rise, cosine) if rise else cosine
+
+    return schedule
 
 
-def make_optimizer(config: ModelConfig, optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    milestones: Sequence[tuple[int, int]] | None = None,
+) -> optax.GradientTransformation:
     """The whole update rule for a params tree of `config`: clipping, Muon and AdamW, weight decay, learning rate.
 
-    State and arithmetic are float32 whatever the parameters' dtype. `steps` is the length of the run, for the schedule.
+    Arithmetic is float32 whatever the parameters' dtype (Muon's iterations: `ns_dtype`), and so is the state unless
+    said otherwise. Muon's work is divided over the mesh in force. `steps` and `milestones`: see `make_schedule`.
     """
-    tail = optax.scale_by_learning_rate(make_schedule(optimizer, steps))
+    tail = optax.scale_by_learning_rate(make_schedule(optimizer, steps, milestones))
     decay = optax.add_decayed_weights(optimizer.weight_decay)
-    adam = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
+    adam = _stored_as(optimizer.adam_dtype, optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps))
+    adam = optax.chain(_scaled(), adam)
     muon = scale_by_muon(
         optimizer.momentum,
         nesterov=optimizer.nesterov,
         ns_steps=optimizer.ns_steps,
         update_rms=optimizer.update_rms,
+        ns_dtype=optimizer.ns_dtype,
+        momentum_dtype=optimizer.momentum_dtype,
+        shardings=functools.partial(param_shardings, config),
     )
     rules: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(muon, decay, tail),
@@ -107,8 +161,7 @@ def make_optimizer(config: ModelConfig, optimizer: OptimizerConfig, steps: int) 
         "frozen": optax.set_to_zero(),
     }
     by_group = optax.partition(rules, parameter_groups(config, optimizer))
-    clip = optax.identity() if optimizer.clip_norm is None else optax.clip_by_global_norm(optimizer.clip_norm)
-    return _in_float32(optax.chain(clip, by_group))
+    return _clipped(optimizer.clip_norm, by_group)
 
 
 def parameter_groups(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
@@ -143,72 +196,44 @@ def _stacking_axes(axes: tuple[str | None, ...]) -> int:
     return batch + (1 if axes[batch : batch + 1] == ("experts",) and len(axes) - batch == 3 else 0)
 
 
-class MuonState(NamedTuple):
-    """Steps taken, and the running mean of gradients."""
+def _stored_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps the floats of `inner`'s state as `dtype`; it computes in float32."""
 
-    count: jax.typing.ArrayLike
-    momentum: optax.Params
-
-
-def scale_by_muon(
-    momentum: float = 0.95, *, nesterov: bool = True, ns_steps: int = 5, update_rms: float = 0.2, eps: float = 1e-8
-) -> optax.GradientTransformation:
-    """Muon's direction for a tree of matrices [..., out, in], every leading axis a batch of separate matrices.
-
-    The same numbers as `optax.contrib.scale_by_muon` with `MuonDimensionNumbers(-1, -2)` and its scaling by
-    `consistent_rms`, in batched products on the arrays as they lie: optax reshapes and transposes each stack before
-    and after, which costs a third of the time on CPU.
-    """
-
-    def init(params: optax.Params) -> MuonState:
-        return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
-        count = optax.safe_increment(state.count)
-        mean = optax.tree.update_moment(updates, state.momentum, momentum, 1)
-        if nesterov:
-            ahead = optax.tree.bias_correction(mean, momentum, optax.safe_increment(count))
-            now = optax.tree.bias_correction(updates, momentum, count)
-            direction = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
-        else:
-            direction = optax.tree.bias_correction(mean, momentum, count)
-
-        def scaled(x: jax.Array) -> jax.Array:
-            return update_rms * max(x.shape[-2:]) ** 0.5 * orthogonalize(x, ns_steps, eps)
-
-        return jax.tree.map(scaled, direction), MuonState(count, mean)
-
-    return optax.GradientTransformation(init, update)
-
-
-def orthogonalize(x: Float[Array, "... out in"], steps: int = 5, eps: float = 1e-8) -> Float[Array, "... out in"]:
-    """Brings the singular values of every matrix near 1 by `steps` of the quintic Newton-Schulz iteration.
-
-    Works on the smaller Gram matrix: X (bA + cA^2) with A = X^T X where rows are more than columns, (bA + cA^2) X with
-    A = X X^T otherwise. The two give the same result.
-    """
-    a, b, c = NS_COEFFICIENTS
-    tall = x.shape[-2] > x.shape[-1]
-    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + eps)
-
-    def iterate(_: int, x: jax.Array) -> jax.Array:
-        gram = jnp.einsum("...ki,...kj->...ij" if tall else "...ik,...jk->...ij", x, x)
-        poly = b * gram + c * (gram @ gram)
-        return a * x + (x @ poly if tall else poly @ x)
-
-    return jax.lax.fori_loop(0, steps, iterate, x)  # a loop compiles faster than its unrolling, and runs as fast
-
-
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on float32 copies: optax gives Adam's second moment the dtype of the parameters otherwise."""
-
-    def cast(tree: Any) -> Any:
-        return optax.tree.cast(tree, jnp.float32)
+    def cast(state: Any, dtype: str) -> Any:
+        floats = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(dtype) if floats(x) else x, state)
 
     def init(params: optax.Params) -> optax.OptState:
-        return inner.init(cast(params))
+        return cast(inner.init(optax.tree.cast(params, jnp.float32)), dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return inner.update(cast(updates), state, None if params is None else cast(params))
+        updates, state = inner.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def _scaled() -> optax.GradientTransformationExtraArgs:
+    """Gradients in float32, times `scale`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, scale: Any = 1.0, **_: Any) -> Any:
+        return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _clipped(clip_norm: float | None, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Clips by the norm over all gradients, in float32 whatever the dtypes of gradients and parameters.
+
+    `inner` is told a factor instead of given clipped gradients: those would be a second copy of the largest leaves.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        scale = jnp.ones(())
+        if clip_norm is not None:
+            norm = optax.global_norm(optax.tree.cast(updates, jnp.float32))
+            scale = clip_norm / jnp.maximum(norm, clip_norm)
+        return inner.update(updates, state, optax.tree.cast(params, jnp.float32), scale=scale)
+
+    return optax.GradientTransformation(inner.init, update)

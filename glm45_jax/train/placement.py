@@ -15,11 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from glm45_jax.errors import UserError
 from glm45_jax.model import param_shardings
+from glm45_jax.parallel.local import BATCH_AXES
 from glm45_jax.train.config import TrainConfig
 from glm45_jax.train.step import TrainState, init_state
-
-# Mesh axes with sequences of their own; along the others devices work on the same ones.
-BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def run_mesh(config: TrainConfig) -> Mesh | None:

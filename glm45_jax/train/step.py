@@ -12,18 +12,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.model import Params, init_params
+from glm45_jax.model.over_mesh import layout_of, shard_map
+from glm45_jax.model.params import param_specs
+from glm45_jax.parallel import local
 from glm45_jax.train.config import TrainConfig
-from glm45_jax.train.loss import Batch, loss_fn, totals_of
-from glm45_jax.train.optimizer import make_optimizer, make_schedule
+from glm45_jax.train.loss import Batch, Rows, Totals, partial_loss, rows_of_batch, totals_of
+from glm45_jax.train.optimizer import make_optimizer
+from glm45_jax.train.spikes import NormTrack, init_track, judge
+from glm45_jax.train.timeline import learning_rate, milestones
 
 Metrics = dict[str, Any]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("params", "opt_state", "step", "skipped", "rng"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "opt_state", "step", "skipped", "norms", "rng"),
+    meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -32,7 +40,8 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     step: Int[Array, ""]  # batches seen
-    skipped: Int[Array, ""]  # of them, without an update because their gradient was not finite
+    skipped: Int[Array, ""]  # of them, without an update because their gradient was not finite, or a spike
+    norms: NormTrack  # of gradients, to tell spikes
     rng: jax.Array  # for losses that draw at random, by fold_in of the step; pre-training draws nothing
 
 
@@ -42,22 +51,23 @@ def init_state(config: TrainConfig, params: Params | None = None) -> TrainState:
     params = init_params(config.model, init_key) if params is None else params
     opt_state = _optimizer(config).init(params)
     # Two arrays, not one twice: a donated state must not hold a buffer in two places.
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), rng)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), init_track(), rng)
 
 
 def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainState, Metrics]:
     """Gradients of one batch and the update they give. Pure; jit it with `config` static and `state` donated.
 
-    A gradient with an infinite or undefined value changes nothing but `skipped`.
+    A gradient with an infinite or undefined value, or a spike (`config.skip_spikes`), changes nothing but counts.
 
     Args:
+      config: with the settings of this step (`timeline.at`) where they change in the course of a run.
       batch: [B, S] arrays as `loss_fn` takes them, cut into `config.accumulation` micro-batches. All means are over the
         whole batch, so that the micro-batches change nothing but rounding.
 
     Returns:
       The next state, and metrics: `loss`, `cross_entropy`, `mtp_cross_entropy`, `balance_loss`, `grad_norm` (before
       clipping), `learning_rate`, `tokens` (targets), `expert_load` [Lm (+1), E], `load_max_over_mean` of the worst
-      layer, `skipped`.
+      layer, `dropped` (choices of experts that found no room; 0 without `parallel.expert_capacity`), `skipped`.
     """
     gradient, metrics = gradients(state.params, batch, config)
     norm = optax.global_norm(optax.tree.cast(gradient, jnp.float32))
@@ -66,46 +76,63 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[Tr
     if "expert_load" in metrics and config.bias_update_rate:
         params = balance_experts(params, metrics["expert_load"], config.bias_update_rate)
 
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    taken, norms = judge(state.norms, norm, metrics["loss"], config.skip_spikes)
     old = state.params, state.opt_state
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), old)
-    rate = make_schedule(config.optimizer, config.steps)(state.step - state.skipped)
-    skipped = state.skipped + ~finite
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), (params, opt_state), old)
+    rate = learning_rate(config)(state.step - state.skipped)
+    skipped = state.skipped + ~taken
     metrics |= {"grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32), "skipped": skipped}
-    return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped), metrics
+    new = TrainState(params, opt_state, state.step + 1, skipped, norms, state.rng)
+    return new, metrics
 
 
 def gradients(params: Params, batch: Batch, config: TrainConfig) -> tuple[Params, Metrics]:
-    """The gradient of the loss over the whole batch, one micro-batch at a time, and the metrics of the batch."""
-    totals = totals_of(batch)
+    """The gradient of the loss over the whole batch, one micro-batch at a time, and the metrics of the batch.
 
-    def micro(micro_batch: Batch) -> tuple[Params, Metrics]:
-        (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            params,
-            config.model,
-            micro_batch,
-            mtp_weight=config.mtp_loss_weight,
-            balance_weight=config.balance_loss_weight,
-            totals=totals,
-        )
-        del metrics["tokens"]  # the total, the same in every micro-batch
-        return gradient, {"loss": loss, **metrics}
-
-    if config.accumulation == 1:
-        gradient, metrics = micro(batch)
+    With a mesh in force every device computes its rows' part, and gradients come out cut as the parameters are.
+    """
+    rows = rows_of_batch(batch)
+    totals = totals_of(rows)
+    run = functools.partial(_gradients_here, config=config)
+    layout = layout_of(rows.tokens.shape)
+    if layout is None:
+        gradient, metrics = run(params, rows, totals)
     else:
-        split = {k: x.reshape(config.accumulation, -1, *x.shape[1:]) for k, x in batch.items()}
-
-        def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, micro(micro_batch)), None
-
-        shapes = jax.eval_shape(micro, {k: x[0] for k, x in split.items()})
-        (gradient, metrics), _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), split)
+        layout.check_batch(config.accumulation)
+        specs, everywhere = param_specs(config.model, layout.mesh), PartitionSpec()
+        in_specs = (specs, *jax.tree.map(lambda _: layout.spec(), (rows,)), everywhere)
+        gradient, metrics = shard_map(run, in_specs, (specs, everywhere))(params, layout.arrange_all(rows), totals)
     metrics["tokens"] = totals.tokens
     if "expert_load" in metrics:
         load = metrics["expert_load"]
         metrics["load_max_over_mean"] = jnp.max(load.max(1) / jnp.maximum(load.mean(1), 1e-9))
     return gradient, metrics
+
+
+def _gradients_here(params: Params, rows: Rows, totals: Totals, config: TrainConfig) -> tuple[Params, Metrics]:
+    """`gradients` of this device's rows, summed over the devices that hold the same piece of a parameter."""
+    weights = config.mtp_loss_weight, config.balance_loss_weight
+    everyones = local.spread(params, local.live())  # so that each device's gradients are its own until all are summed
+
+    def micro(part: Rows) -> tuple[Params, Metrics]:
+        grad = jax.value_and_grad(partial_loss, has_aux=True)
+        (loss, metrics), gradient = grad(everyones, config.model, part, totals, *weights)
+        return gradient, {"loss": loss, **metrics}
+
+    if config.accumulation == 1:
+        gradient, metrics = micro(rows)
+    else:
+        split = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), rows)
+
+        def add(sums: Any, part: Rows) -> tuple[Any, None]:
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, micro(part)), None
+
+        shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], split))
+        none = local.spread(jax.tree.map(_zeros, shapes), local.live())
+        (gradient, metrics), _ = jax.lax.scan(add, none, split)
+    copies = lambda x: tuple(name for name in local.live() if name not in local.varying(x))  # noqa: E731
+    gradient = jax.tree.map(lambda g, x: local.total(g, copies(x)), gradient, params)
+    return gradient, local.total(metrics)
 
 
 def balance_experts(params: Params, load: Int[Array, "Lm E"], rate: float) -> Params:
@@ -134,4 +161,4 @@ def _zeros(like: jax.ShapeDtypeStruct) -> Array:
 
 
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    return make_optimizer(config.model, config.optimizer, config.steps)
+    return make_optimizer(config.model, config.optimizer, config.steps, milestones(config))

@@ -29,7 +29,7 @@ from pallas_kernels.chip import named_chip
 # the smallest slice of each generation that libtpu describes
 TPU_TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 # An H100 SXM as XLA describes one (its GpuTargetConfig), from the card's data sheet and CUDA's device properties.
-_H100 = """
+H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -101,7 +101,7 @@ def described_mesh(chip: str, devices: int = 1) -> Mesh:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES[chip])
     else:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=chip, target_config=_H100, topology="1x1x1"
+            platform="cuda", topology_name=chip, target_config=H100, topology="1x1x1"
         )
     return Mesh(np.array(topology.devices[:devices]), ("x",))
 

@@ -15,7 +15,10 @@ from pallas_kernels.analysis.kernel import dot_flops, item_bytes
 from pallas_kernels.analysis.values import ELEMENTWISE, IDENTITY
 
 LARGE = 1 << 16  # bytes from which a value counts: smaller ones stay on the chip
-_FREE = {"reshape", "squeeze", "expand_dims", "bitcast_convert_type", "split", "platform_index", "axis_index"}
+_FREE = {
+    "reshape", "squeeze", "expand_dims", "bitcast_convert_type", "split", "platform_index", "axis_index", "name",
+    "pvary", "pcast", "stop_gradient", "optimization_barrier", "layout_constraint",
+}  # fmt: skip
 _FUSED = {
     *ELEMENTWISE, *IDENTITY, *_FREE, "select_n", "convert_element_type", "broadcast_in_dim", "iota", "integer_pow",
     "pow", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "erf", "sin", "cos", "sqrt", "rsqrt", "cbrt",

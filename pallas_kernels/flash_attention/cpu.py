@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention.problem import SEES_NOTHING, Problem, Segments, seen
+from pallas_kernels.mosaic import varying_alike
 
 _SCORE_BYTES = 1 << 28  # of one chunk of float32 scores
 _UNROLLED_CHUNKS = 8
@@ -118,7 +119,7 @@ def _in_chunks(
             return [a + b for a, b in zip(sums, more)], by_query
 
         inputs = (jnp.arange(0, padded, chunk), None if segments is None else split(segments, 1))
-        zeros = [jnp.zeros(shape, jnp.float32) for shape in sums]
+        zeros = [varying_alike(jnp.zeros(shape, jnp.float32), rows[0])[0] for shape in sums]
         summed, by_query = jax.lax.scan(step, zeros, (*inputs, *(split(x, 3) for x in rows)))
         by_query = [jnp.moveaxis(x, 0, 3) for x in by_query]
         by_query = [x.reshape(*x.shape[:3], padded, *x.shape[5:]) for x in by_query]

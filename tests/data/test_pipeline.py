@@ -17,7 +17,7 @@ FIELDS = {"tokens": "int32", "segment_ids": "int32", "positions": "int32", "loss
 @pytest.fixture(autouse=True)
 def few_bins(monkeypatch):
     """Best-fit packing in small groups of rows, so that the tests' few batches cross many."""
-    monkeypatch.setattr("glm45_jax.data.pipeline._PACKING_TOKENS", 1)
+    monkeypatch.setattr("glm45_jax.data.shard._PACKING_TOKENS", 1)
 
 
 def write_tokens(path, documents):
@@ -177,23 +177,24 @@ def test_a_corrupt_line_is_named_or_counted(tmp_path):
         take(open_data(str(path), batch=1, seq=2, epochs=1))
     data = open_data(str(path), batch=1, seq=2, epochs=3, on_error="skip")
     assert sorted(real_tokens(take(data))) == sorted([1, 2, 5, 6] * 3)
-    assert data.skipped == 1
+    assert data.skipped_by_source() == {str(path): {"unreadable": 3}}, "once an epoch"
 
 
 def test_data_without_end_but_without_a_usable_record(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("nothing\nhere\n")
-    with pytest.raises(UserError, match="no record of this source can be used"):
+    with pytest.raises(UserError, match="none of the last 60 records read can be used"):
         next(open_data(str(path), on_error="skip"))
     path.write_text('{"tokens": []}\n')
     with pytest.raises(UserError, match="empty"):
         next(open_data(str(path)))
 
 
-def test_too_little_data_for_a_batch(tmp_path):
+def test_the_last_batch_is_filled_up_with_padding(tmp_path):
     path = write_tokens(tmp_path / "a.jsonl", [[1, 2, 3]])
-    with pytest.raises(UserError, match="before one batch is full"):
-        next(open_data(path, batch=4, epochs=1))
+    (batch,) = take(open_data(path, batch=4, seq=4, epochs=1))
+    np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 0]] + [[0] * 4] * 3)
+    np.testing.assert_array_equal(batch["loss_mask"], [[0, 1, 1, 0]] + [[0] * 4] * 3)
 
 
 def test_tokens_outside_the_vocabulary(tmp_path):

@@ -1,13 +1,15 @@
 """Records are found where they stand, in every kind of file."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from glm45_jax.data import SourceConfig, open_source
-from glm45_jax.data.sources import RecordError, find_files
+from glm45_jax.data.files import find_files
+from glm45_jax.data.sources import RecordError
 from glm45_jax.errors import UserError
 
 
@@ -78,11 +80,34 @@ def test_array_records(tmp_path):
         records[1]
 
 
+def test_a_damaged_array_record_chunk_costs_its_records_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    want = [rng.integers(0, 2**31, 200) for _ in range(100)]
+    path = tmp_path / "a.array_record"
+    write_array_record(path, [tokens.astype("<i4").tobytes() for tokens in want])
+    raw = bytearray(path.read_bytes())
+    middle = raw.index(want[50].astype("<i4").tobytes()[:8])
+    raw[middle : middle + 100] = bytes(100)
+    path.write_bytes(raw)
+    records = source(path, record="int32")
+    damaged = []
+    for i, tokens in enumerate(want):
+        try:
+            np.testing.assert_array_equal(records[i]["tokens"], tokens)
+        except RecordError as error:
+            assert error.reason == "unreadable" and "Corrupted" in str(error)
+            damaged.append(i)
+    assert 50 in damaged and len(damaged) <= 2
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match="not readable as ArrayRecord"):
+        source(path)
+
+
 def test_directories_and_globs(tmp_path):
     (tmp_path / "deep" / ".hidden").mkdir(parents=True)
     for name in ("b.txt", "deep/a.txt", "deep/.dot.txt", "deep/.hidden/c.txt"):
         (tmp_path / name).write_text("x")
-    names = [p.relative_to(tmp_path).as_posix() for p in find_files([str(tmp_path)])]
+    names = [str(Path(p.path).relative_to(tmp_path)) for p in find_files([str(tmp_path)])]
     assert names == ["b.txt", "deep/a.txt"]
     assert find_files([str(tmp_path / "**/*.txt"), str(tmp_path)]) == find_files([str(tmp_path)])
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from glm45_jax.config import get_preset
+from glm45_jax.config import ParallelConfig, get_preset
 from glm45_jax.errors import UserError
 from glm45_jax.model import param_shardings
 from glm45_jax.parallel import make_mesh
@@ -20,11 +20,12 @@ def specs(config, rules=None, **sizes):
 def test_specs() -> None:
     tree = specs(get_preset("tiny"), fsdp=2, tensor=2, expert=4)
     moe = tree["moe_layers"]["moe"]
-    assert moe["experts"]["gate"] == PartitionSpec(None, "expert", "tensor", "fsdp")
-    assert moe["experts"]["down"] == PartitionSpec(None, "expert", "fsdp", "tensor")
-    assert moe["router"]["bias"] == PartitionSpec(None, "expert")
-    assert tree["embed"]["weight"] == PartitionSpec("tensor", "fsdp")
-    assert tree["moe_layers"]["attention"]["o"]["weight"] == PartitionSpec(None, "fsdp", "tensor")
+    assert moe["experts"]["gate"] == PartitionSpec(None, ("expert", "tensor"), None, "fsdp")
+    assert moe["experts"]["down"] == PartitionSpec(None, ("expert", "tensor"), "fsdp", None)
+    assert moe["router"]["weight"] == PartitionSpec(None, None, ("fsdp", "expert"))
+    assert moe["router"]["bias"] == PartitionSpec(None, None)
+    assert tree["embed"]["weight"] == PartitionSpec("tensor", ("fsdp", "expert"))
+    assert tree["moe_layers"]["attention"]["o"]["weight"] == PartitionSpec(None, ("fsdp", "expert"), "tensor")
     assert tree["moe_layers"]["attention"]["q_norm"]["scale"] == PartitionSpec(None, None)
 
 
@@ -38,17 +39,35 @@ def is_spec(x) -> bool:
 
 def test_rules_may_be_changed() -> None:
     config = get_preset("tiny")
-    tree = specs(config, {"kv_heads": None, "experts": ("expert", "fsdp"), "embed": None}, tensor=8, expert=2, fsdp=2)
+    changes = {"experts": ("expert", "fsdp"), "embed": None, "expert_embed": None}
+    tree = specs(config, changes, tensor=2, expert=2, fsdp=2)
+    assert tree["moe_layers"]["attention"]["k"]["weight"] == PartitionSpec(None, "tensor", None)
+    assert tree["moe_layers"]["moe"]["experts"]["up"] == PartitionSpec(None, ("expert", "fsdp"), None, None)
+
+
+def test_rules_are_those_of_the_configuration() -> None:
+    config = get_preset("tiny").replace(parallel=ParallelConfig(rules=(("experts", "expert", "fsdp"), ("embed",))))
+    tree = specs(config, {"expert_embed": None}, expert=2, fsdp=2)
+    assert tree["moe_layers"]["moe"]["experts"]["up"] == PartitionSpec(None, ("expert", "fsdp"), None, None)
+    assert tree["head"]["weight"] == PartitionSpec(None, None)
+
+
+def test_more_devices_than_kv_heads_have_all_of_them() -> None:
+    tree = specs(get_preset("tiny", n_routed_experts=16), tensor=8)
     assert tree["moe_layers"]["attention"]["k"]["weight"] == PartitionSpec(None, None, None)
-    assert tree["moe_layers"]["moe"]["experts"]["up"] == PartitionSpec(None, ("expert", "fsdp"), "tensor", None)
+    assert tree["moe_layers"]["attention"]["q"]["weight"] == PartitionSpec(None, "tensor", None)
+
+
+def test_axes_of_one_device_cut_nothing() -> None:
+    assert specs(get_preset("tiny"), fsdp=1, tensor=2)["embed"]["weight"] == PartitionSpec("tensor", None)
 
 
 def test_heads_are_never_cut() -> None:
-    """The k matrix has 32 rows, divisible by 8: but they are 2 heads."""
+    """The q matrix has 128 rows, divisible by 16: but they are 8 heads."""
     with pytest.raises(
-        UserError, match=r"attention\.k\.weight: kv_heads is 2, not divisible by mesh axes \('tensor',\) of 8"
+        UserError, match=r"attention\.q\.weight: heads is 8, not divisible by mesh axes \('tensor',\) of 16"
     ):
-        specs(get_preset("tiny"), tensor=8)
+        specs(get_preset("tiny"), tensor=16)
 
 
 def test_collisions_are_named() -> None:

@@ -194,7 +194,7 @@ def test_data_that_end_before_the_steps(run_config, tmp_path):
         run_config.replace(data=ending), on_metrics=lambda *_: devices.append(jax.sharding.get_abstract_mesh().size)
     )
     assert set(devices) == {1}, "kernels are made for the device at hand"
-    assert result.finished and int(result.state.step) == 400 // 64 and result.model_dir is not None
+    assert result.finished and int(result.state.step) == -(-400 // 64) and result.model_dir is not None
 
 
 def test_start_from_the_weights_of_a_checkpoint(run_config, reference):

@@ -9,15 +9,8 @@ import pytest
 from glm45_jax.config import get_preset
 from glm45_jax.errors import UserError
 from glm45_jax.model import abstract_params, init_params
-from glm45_jax.train.optimizer import (
-    NS_COEFFICIENTS,
-    OptimizerConfig,
-    make_optimizer,
-    make_schedule,
-    orthogonalize,
-    parameter_groups,
-    scale_by_muon,
-)
+from glm45_jax.train.muon import NS_COEFFICIENTS, orthogonalize, scale_by_muon
+from glm45_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule, parameter_groups
 from tests.support import quick_jit
 
 ATTENTION = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm45_jax.config import get_preset
-from glm45_jax.train.config import TrainConfig
+from glm45_jax.train.config import SpikeConfig, TrainConfig
 from glm45_jax.train.optimizer import OptimizerConfig
 from glm45_jax.train.step import balance_experts, init_state, train_step
 from tests.support import quick_jit
@@ -100,8 +100,8 @@ def test_balance_experts_leaves_the_given_params_alone():
     np.testing.assert_array_equal(params["moe_layers"]["moe"]["router"]["bias"], np.zeros((1, 3)))
 
 
-def test_a_broken_gradient_changes_nothing_but_the_count():
-    run = config()
+def test_a_broken_gradient_or_a_spike_changes_nothing_but_counts():
+    run = config(skip_spikes=SpikeConfig(factor=2.0, warmup=10, patience=3))
     good, _ = step_of(run)(start(run), make_batch())
     weights = {**good.params, "final_norm": {"scale": good.params["final_norm"]["scale"].at[0].set(jnp.inf)}}
     broken = dataclasses.replace(good, params=weights)
@@ -110,6 +110,12 @@ def test_a_broken_gradient_changes_nothing_but_the_count():
     assert (int(after.step), int(after.skipped)) == (2, 1)
     for name, got in flat((after.params, after.opt_state)).items():
         np.testing.assert_array_equal(got, flat((broken.params, broken.opt_state))[name], err_msg=name)
+    calm = good.norms._replace(mean=jnp.float32(1e-3), count=jnp.int32(50))
+    spiked, metrics = step_of(run)(dataclasses.replace(good, norms=calm), make_batch(1))
+    assert float(metrics["grad_norm"]) > 2e-3 and int(metrics["skipped"]) == 1
+    assert (int(spiked.step), int(spiked.norms.in_a_row)) == (2, 1)
+    for name, got in flat((spiked.params, spiked.opt_state)).items():
+        np.testing.assert_array_equal(got, flat((good.params, good.opt_state))[name], err_msg=name)
     # The skipped step takes nothing from the schedule either.
     _, metrics = step_of(run)(dataclasses.replace(after, params=good.params), make_batch(2))
     _, direct = step_of(run)(good, make_batch(2))
