@@ -19,9 +19,7 @@ import yaml
 from glm45_jax.train import read_metrics
 
 ROOT = Path(__file__).parents[1]
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 TINY: dict[str, Any] = {
     "model": {
         "preset": "tiny", "hidden_size": 32, "num_hidden_layers": 1, "first_k_dense_replace": 0,

@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.train.digest import array_digests
-from glm45_jax.train.distributed import gather, is_first
+from glm45_jax.train.distributed import gather, is_first, lost_another
 from glm45_jax.train.step import TrainState
 
 # Compute fields may change when a run goes on; these decide what the parameters are.
@@ -117,11 +117,21 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for what is being saved, and so, after a failure, for processes that may be gone.
+        if error is None or jax.process_count() == 1:
+            self.close()
+
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a full disk, a folder gone, or what Orbax makes of them
+            if lost_another(error):
+                raise
             raise UserError(
                 f"saving a checkpoint in {self._folder} failed: {type(error).__name__}: {str(error)[:300]}. "
                 "Is the disk full? The same command goes on from the newest whole checkpoint"

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import importlib.util
 import json
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
+import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -24,10 +28,15 @@ import numpy as np
 
 from glm45_jax.errors import UserError
 
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _FAILURE = "glm45_jax/failure"  # key in the coordination service
 _LOOK_EVERY = 1.0  # seconds
 _OF_OTHERS = ("Gloo", "gloo", "NCCL", "peer", "heartbeat", "Barrier", "barrier")  # in errors of a broken collective
 _LINGER = 3.0  # seconds
+_NOT_ALL = (
+    "Is every process started, each with its own process_id, and the address of process 0 free there and reachable "
+    "from here?"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,16 @@ def initialize(config: DistributedConfig) -> None:
     _update("jax_cpu_collectives_implementation", "gloo")
     # Its notice of SIGTERM would take the place of ours, which any process's Ctrl-C shares.
     jax.config.update("jax_enable_preemption_service", False)
+    where = (
+        f"{address['process_id']} of {address['num_processes']}, {address['coordinator_address']}" if address else ""
+    )
+    whose = f"the run's processes cannot join (this one: {where or 'as jax finds it'})"
+    if address is not None and address["process_id"]:
+        _wait_for_coordinator(address["coordinator_address"], config.initialization_timeout_seconds, whose)
+    # When the time is up jax ends the process itself, with a trace of its own calls.
+    hint = threading.Timer(max(config.initialization_timeout_seconds - 1, 1), _say, (f"{whose}: {_NOT_ALL}",))
+    hint.daemon = True
+    hint.start()
     try:
         jax.distributed.initialize(
             **(address or {}),
@@ -76,11 +95,27 @@ def initialize(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
         )
     except (RuntimeError, ValueError) as error:
-        where = f"{address['process_id']} of {address['num_processes']}, at {address}" if address else "found by jax"
-        raise UserError(
-            f"distributed: the run's processes cannot join (this one: {where}): {str(error)[:400]}. Is every process "
-            "started, each with its own process_id, and the address of process 0 free there and reachable from here?"
-        ) from error
+        raise UserError(f"distributed: {whose}: {str(error)[:400]}. {_NOT_ALL}") from error
+    finally:
+        hint.cancel()
+
+
+def _wait_for_coordinator(address: str, timeout: float, whose: str) -> None:
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except ValueError:
+            raise UserError(f"distributed.coordinator_address is {address!r}, expected HOST:PORT") from None
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(f"distributed: {whose}: no answer within {timeout:g} s ({error}). {_NOT_ALL}") from None
+        time.sleep(0.2)
+
+
+def _say(text: str) -> None:
+    print(f"glm45: {text}", file=sys.stderr, flush=True)
 
 
 def _update(option: str, value: Any) -> None:
@@ -133,12 +168,20 @@ def _others_in(config: DistributedConfig, environment: Mapping[str, str]) -> boo
     if environment.get("JAX_PLATFORMS", "").split(",")[0] not in ("", "tpu"):
         return False
     several = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
-    return several or "MEGASCALE_COORDINATOR_ADDRESS" in environment or _on_tpu_vm()
+    return several or "MEGASCALE_COORDINATOR_ADDRESS" in environment or "," in _workers_of_tpu_vm()
 
 
-def _on_tpu_vm() -> bool:
-    """On Google Cloud's TPU VMs; their metadata, which jax reads, say how many there are."""
-    return (os.path.exists("/dev/accel0") and os.path.exists("/etc/google_instance_id")) or os.path.exists("/run/tpu")
+def _workers_of_tpu_vm() -> str:
+    """The slice's hosts, joined by commas, as Google Cloud tells them to its TPU VMs; nothing on another machine."""
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if not chips or importlib.util.find_spec("libtpu") is None:
+        return ""
+    request = urllib.request.Request(_METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:  # no such name, no such attribute, no answer
+        return ""
 
 
 # --- what all agree on ---------------------------------------------------------------------------------------------
@@ -161,6 +204,11 @@ def gather(value: Any) -> list[Any]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes)]
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether it tells of another process that is gone, by way of an operation that needed it."""
+    return jax.process_count() > 1 and any(word in str(error) for word in _OF_OTHERS)
 
 
 # --- one fails, all end --------------------------------------------------------------------------------------------
@@ -206,17 +254,17 @@ def _leave(error: BaseException) -> NoReturn:
         code, reason = 130, "was interrupted"
     elif isinstance(error, UserError):
         code, reason = 2, f"failed: {error}"
-    elif any(word in reason for word in _OF_OTHERS):
+    elif lost_another(error):
         reason = f"lost its connection to another process, which must have ended; see what that one said last. {reason}"
     else:
         traceback.print_exception(error)
     _write_failure(f"{_who()} {reason}")
-    print(f"glm45: {_who()} {reason}", file=sys.stderr, flush=True)
+    _say(f"{_who()} {reason}")
     _exit(code, "the same command, given to every process, goes on from the newest checkpoint")
 
 
 def _exit(code: int, text: str) -> NoReturn:
-    print(f"glm45: {text}", file=sys.stderr, flush=True)
+    _say(text)
     sys.stdout.flush()
     if is_first():
         time.sleep(_LINGER)  # without the coordinator's process jax aborts the others before they have read why

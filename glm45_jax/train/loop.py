@@ -128,8 +128,7 @@ def train(
         tokenizer = tokenizer or _tokenizer_of_all(config, out)
         config = _with_tokens_of(tokenizer, config)
         feed = _open_feed(config, settings, tokenizer, mesh, stack)
-        checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
-        stack.callback(checkpoints.close)
+        checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", config.keep, config.keep_every))
         if is_first():
             _write(out / "config.yaml", yaml.safe_dump(to_tree(_of_any_process(config)), sort_keys=False))
         state = _start(config, mesh, checkpoints, feed)
@@ -168,9 +167,8 @@ def export_newest(config: TrainConfig) -> Path:
     with _only_one(out, config):
         tokenizer = _tokenizer_of_all(config, out)
         config = _with_tokens_of(tokenizer, config)
-        checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
-        restored = checkpoints.restore(abstract_state(config, mesh), config.model)
-        checkpoints.close()
+        with Checkpoints(out / "checkpoints", config.keep, config.keep_every) as checkpoints:
+            restored = checkpoints.restore(abstract_state(config, mesh), config.model)
         if restored is None:
             raise UserError(f"{out / 'checkpoints'}: no whole checkpoint here; train first")
         return _export(config, restored[0].params, tokenizer, out)

@@ -24,7 +24,7 @@ def run_mesh(config: TrainConfig) -> Mesh | None:
     """The mesh of a run; None where one device does it all.
 
     Raises:
-      UserError: the mesh does not fit the devices, or does not divide the batch.
+      UserError: the mesh does not fit the devices, or does not divide the batch or the model.
     """
     mesh = config.mesh.make()
     parts = _batch_parts(mesh)
@@ -35,7 +35,10 @@ def run_mesh(config: TrainConfig) -> Mesh | None:
             f"batch_size / accumulation is {config.batch_size} / {config.accumulation} = {rows} sequences, which the "
             f"mesh divides over {parts} devices ({axes}); make it a multiple of {parts}, or give devices to other axes"
         )
-    return None if mesh.size == 1 else mesh
+    if mesh.size == 1:
+        return None
+    param_shardings(config.model, mesh)  # tells of heads, experts and widths that it does not divide
+    return mesh
 
 
 def _batch_parts(mesh: Mesh) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
+import subprocess
+import sys
 import types
 
 import pytest
 
 from glm45_jax.errors import UserError
-from glm45_jax.train import DistributedConfig, report
+from glm45_jax.train import DistributedConfig, distributed, report
 from glm45_jax.train.distributed import _address, _others_in, gather, initialize
 from glm45_jax.train.report import Reporter, read_metrics
+from tests.support import ROOT
 
 THREE = {"GLM45_COORDINATOR_ADDRESS": "host:1", "GLM45_NUM_PROCESSES": "4", "GLM45_PROCESS_ID": "3"}
 
@@ -40,6 +45,46 @@ def test_environments_that_jax_knows():
     assert _others_in(DistributedConfig(auto=True), {})
 
 
+def test_tpu_vms_are_asked_for_their_number(monkeypatch):
+    asked = []
+
+    def answer(request, timeout):
+        asked.append((request.full_url, request.headers))
+        return io.BytesIO(workers.encode())
+
+    monkeypatch.setattr(distributed.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    assert not _others_in(DistributedConfig(), {}) and not asked, "no TPU here"
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"])
+    workers = "10.0.0.1"
+    assert not _others_in(DistributedConfig(), {})
+    workers = "unknown:unknown:10.0.0.1,unknown:unknown:10.0.0.2"
+    assert _others_in(DistributedConfig(), {})
+    assert asked[0][0].endswith("worker-network-endpoints") and asked[0][1] == {"Metadata-flavor": "Google"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [(1, "no answer within 2 s"), (0, "Is every process started, each with its own process_id")],
+)
+def test_processes_that_do_not_find_each_other(process, message):
+    """In a process of its own, whose jax is in no use yet."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = f"""
+from glm45_jax.train.distributed import DistributedConfig, initialize
+initialize(DistributedConfig(coordinator_address="localhost:{port}", num_processes=2, process_id={process},
+                             initialization_timeout_seconds=2))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode != 0
+    assert f"the run's processes cannot join (this one: {process} of 2, localhost:{port}" in done.stderr
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "environment", "message"),
     [
@@ -58,7 +103,7 @@ def test_too_late_to_join():
     import jax
 
     jax.devices()
-    late = DistributedConfig(coordinator_address="localhost:1", num_processes=2, process_id=1)
+    late = DistributedConfig(coordinator_address="localhost:1", num_processes=2, process_id=0)
     with pytest.raises(UserError, match="before"):
         initialize(late)
     with pytest.raises(UserError, match="heartbeat_timeout_seconds is 0"):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from glm45_jax.config import get_preset
 from glm45_jax.errors import UserError
-from glm45_jax.parallel import MeshConfig
+from glm45_jax.parallel import AXES, MeshConfig
 from glm45_jax.train import OptimizerConfig, TrainConfig, params_digest
 from glm45_jax.train.digest import array_digests
 from glm45_jax.train.placement import rows_here, run_mesh
@@ -126,6 +126,13 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused(monkeypatch):
     monkeypatch.setattr(MeshConfig, "make", lambda self: mesh)
     with pytest.raises(UserError, match=r"6 / 2 = 3 sequences.*2 devices \(fsdp=2\); make it a multiple of 2"):
         run_mesh(config)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(monkeypatch):
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, 1, 64), AXES)
+    monkeypatch.setattr(MeshConfig, "make", lambda self: mesh)
+    with pytest.raises(UserError, match="cannot be sharded over mesh"):
+        run_mesh(TrainConfig(model=get_preset("tiny"), steps=4, seq_len=32))
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():

@@ -8,13 +8,17 @@ import time
 import pytest
 from training_runs import Run, checkpoints, losses, write_recipe
 
+from glm45_jax.train import read_metrics
+
 pytestmark = pytest.mark.slow
 ENDS_WITHIN = 60  # seconds after one has died
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("processes"), steps=10, save_every=4)
+    folder = tmp_path_factory.mktemp("processes")
+    held_out = {"sources": [{"path": str(folder / "chats.jsonl"), "packing": "best_fit"}], "epochs": 1}
+    return write_recipe(folder, steps=10, save_every=4, eval_data=held_out, eval_every=5, eval_batches=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,20 @@ def test_two_are_one(recipe, two):
     run = Run(recipe, recipe.parent / "one")
     assert run.digest().startswith("xxh3:")
     assert close(losses(run.out), two[1])
+    assert close(evaluations(run.out), evaluations(recipe.parent / "two")) and len(evaluations(run.out)) == 2
     assert (recipe.parent / "two" / "model" / "tokenizer.json").exists()
+
+
+def evaluations(out):
+    return [(m["step"], m["eval_cross_entropy"]) for m in read_metrics(out) if "eval_cross_entropy" in m]
+
+
+def test_data_that_end_end_for_all(recipe):
+    changes = ("data.epochs=1", "data.sources.0.chunk_bytes=500", "steps=1000", "seq_len=128", "eval_data=null")
+    runs = [Run(recipe, recipe.parent / f"ending{n}", *changes, processes=n) for n in (1, 2)]
+    assert [run.digest()[:5] for run in runs] == ["xxh3:", "xxh3:"]
+    assert close(*(losses(run.out) for run in runs))
+    assert all("the data end after" in run.said(0) for run in runs)
 
 
 def assert_ended_without(run, victim):
@@ -80,7 +97,7 @@ def test_the_other_is_killed_and_its_piece_of_the_newest_checkpoint_damaged(reci
 def test_one_of_four_is_killed_and_two_go_on(recipe, two):
     out = recipe.parent / "four"
     run = Run(recipe, out, processes=4)
-    assert run.signal_when(lambda: run.logged(6), 2)
+    assert run.signal_when(lambda: run.being_saved(after=1), 2), "while all wait for its part of a checkpoint"
     assert_ended_without(run, 2)
     assert Run(recipe, out, processes=2).digest().startswith("xxh3:")
     assert close(losses(out), two[1]), "other numbers of processes, the same data in the same order"
