@@ -87,6 +87,7 @@ SERVING = {
         "tpu7x:2x2x2": (1, 2, 8), "h100:16": (1, 2, 8),
     },
 }  # fmt: skip
+_TOKENS = 16384  # of a device in training: as many as hide the gathering of weights
 # title -> tokens of a sequence, pieces that a context axis cuts it into
 STAGES = {"pre-training 4K": (4096, 1), "mid-training 32K": (32768, 4), "mid-training 128K": (131072, 16)}
 
@@ -96,9 +97,9 @@ def entries() -> Iterator[Entry]:
         for title, (seq_len, context) in STAGES.items():
             for name, devices in slices.items():
                 rows = devices // context
-                expert = min(16, rows)
+                expert = min(8, rows)  # one dimension of the torus; more make an all-to-all longer
                 mesh = f"fsdp={rows // expert},expert={expert},context={context}"
-                yield Entry(title, "train", model, name, mesh, seq_len, rows)
+                yield Entry(title, "train", model, name, mesh, seq_len, rows * max(1, _TOKENS * context // seq_len))
     for model, slices in SERVING.items():
         for name, (data, expert, tensor) in slices.items():
             mesh = f"data={data},fsdp=1,expert={expert},tensor={tensor}"
