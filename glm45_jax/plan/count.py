@@ -44,6 +44,7 @@ class Counts:
       kernel_bytes: that the kernels move.
       kernels: calls, FLOPs and bytes by kernel.
       saved_bytes: stacked values that one loop leaves for another: activations kept for the backward pass.
+      ragged_sent, ragged_room: bytes that ragged all-to-alls send, and would if they filled the smaller buffer.
       notes: what is not exact.
     """
 
@@ -51,6 +52,8 @@ class Counts:
     xla_bytes: float = 0
     kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
     saved_bytes: float = 0
+    ragged_sent: float = 0
+    ragged_room: float = 0
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -73,6 +76,8 @@ class Counts:
         self.xla_flops += other.xla_flops
         self.xla_bytes += other.xla_bytes
         self.saved_bytes += other.saved_bytes
+        self.ragged_sent += other.ragged_sent
+        self.ragged_room += other.ragged_room
         self.notes |= other.notes
         for name, kernel in other.kernels.items():
             mine = self.kernels.setdefault(name, Kernel())
@@ -108,6 +113,8 @@ def count(jaxpr: Any, values: Sequence[Any], platform: str, devices: int = 1) ->
 
 
 class _Count(ProgramWalk):
+    counted = ProgramWalk.counted | {"ragged_all_to_all"}
+
     def __init__(self, platform: str, devices: int) -> None:
         super().__init__(platform)
         self.devices = devices
@@ -123,6 +130,7 @@ class _Count(ProgramWalk):
         }  # fmt: skip
         self.rules |= {name: self._collective(rule) for name, rule in alike.items()}
         self.rules |= {"top_k": self._top_k, "ragged_dot_general": self._ragged_dot}
+        self.rules |= {"ragged_all_to_all": self._ragged}
 
     def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
         live = [step.eqn for step in self._live(jaxpr, tuple(used))]
@@ -235,6 +243,15 @@ class _Count(ProgramWalk):
         rows = np.arange(math.prod(shape[:-1]))[:, None]
         indices = (rows * k + np.arange(k)) % columns
         return [UNKNOWN, indices.astype(np.int32).reshape(shape)]
+
+    def _ragged(self, eqn: Any, args: list[Any]) -> list[Any]:
+        """A buffer has room for more than is sent, and the last of several exchanges may send nothing."""
+        held, into = (v.aval for v in eqn.invars[:2])
+        row = math.prod(held.shape[1:]) * item_bytes(held.dtype) * self.times
+        room = min(held.shape[0], into.shape[0])
+        self.counts.ragged_room += row * room
+        self.counts.ragged_sent += row * (min(room, int(np.sum(args[3]))) if known(args[3]) else room)
+        return [UNKNOWN]
 
     def _collective(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         def apply(eqn: Any, args: list[Any]) -> list[Any]:

@@ -173,7 +173,7 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
         traced = program.trace()
     counts = count(traced.jaxpr, steering_values(program), where.platform, where.devices)
     built = build(program, where, mesh, traced) if compiled else None
-    found = collectives(built.hlo, mesh) if built and built.hlo else None
+    found = _without_empty_rows(collectives(built.hlo, mesh), counts) if built and built.hlo else None
     speeds = axis_speeds(where, mesh) if compiled else None
     memory = _memory(program, where, built, counts)
     # what is compiled is what runs; kernels are opaque to the compiler, and the walk knows them
@@ -217,6 +217,12 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
         notes=tuple(notes),
         versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
     )
+
+
+def _without_empty_rows(found: list[Collective], counts: Counts) -> list[Collective]:
+    """Ragged all-to-alls with the rows that they send: in the compiled program only their buffers' sizes are seen."""
+    share = counts.ragged_sent / counts.ragged_room if counts.ragged_room else 1.0
+    return [dataclasses.replace(c, bytes=c.bytes * share) if c.kind == "ragged-all-to-all" else c for c in found]
 
 
 def abstract_mesh(where: Slice, sizes: MeshConfig) -> AbstractMesh:

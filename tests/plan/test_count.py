@@ -147,3 +147,25 @@ def test_alike_devices_answer_a_gather_with_copies(tiled: bool) -> None:
     got = _gathered(x, 4, {"all_gather_dimension": 1, "tiled": tiled})
     inside = functools.partial(jax.lax.all_gather, axis_name="i", axis=1, tiled=tiled)
     np.testing.assert_array_equal(got, jax.vmap(inside, axis_name="i")(np.stack([x] * 4))[0])
+
+
+def test_a_ragged_exchange_sends_the_rows_that_there_are() -> None:
+    """Three rounds of a loop, of which the last has nothing to send."""
+
+    def f(rows, sizes):
+        def here(rows, sizes):
+            def step(i, into):
+                now = jnp.where(i < 2, sizes, 0)
+                return jax.lax.ragged_all_to_all(rows, into, 0 * sizes, now, 0 * sizes, now, axis_name="expert")
+
+            return jax.lax.fori_loop(0, jnp.maximum(3, sizes[0]), step, rows[:6] * 0)
+
+        mesh = AbstractMesh((2,), ("expert",), (AxisType.Auto,))
+        return jax.shard_map(here, mesh=mesh, in_specs=(P("expert"), P()), out_specs=P("expert"), check_vma=False)(
+            rows, sizes
+        )
+
+    args = jax.ShapeDtypeStruct((20, 8), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    found = counted(f, *args, values=[None, np.array([2, 3], np.int32)])
+    assert found.ragged_room == 3 * 6 * 8 * 2  # of 10 rows held and 6 places to land
+    assert found.ragged_sent == 2 * 5 * 8 * 2
