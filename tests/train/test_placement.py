@@ -122,7 +122,7 @@ def test_rows_of_a_process_are_those_of_its_devices(monkeypatch):
 
 def test_a_mesh_that_does_not_divide_the_batch_is_refused(monkeypatch):
     config = TrainConfig(model=get_preset("tiny"), steps=4, batch_size=6, accumulation=2, seq_len=32)
-    mesh = types.SimpleNamespace(shape=dict.fromkeys(("data", "expert", "tensor"), 1) | {"fsdp": 2}, size=2)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1, 1), AXES)
     monkeypatch.setattr(MeshConfig, "make", lambda self: mesh)
     with pytest.raises(UserError, match=r"6 / 2 = 3 sequences.*2 devices \(fsdp=2\); make it a multiple of 2"):
         run_mesh(config)
