@@ -59,6 +59,7 @@ def test_bench_times_the_implementations_by_turns(capsys) -> None:
     assert "speed-up" in output(capsys, *args)
 
 
+@pytest.mark.slow
 def test_the_dense_product_beside_a_grouped_one_is_the_same_work() -> None:
     """With all rows in the first group, it gives what the kernel gives."""
     for case in kernel_cases("tiny", "grouped_matmul", "cpu", rows=24, experts=4, dtype="float32"):

@@ -202,6 +202,7 @@ def count_products(jaxpr) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_remat_policies_recompute_more_and_more() -> None:
     def products(policy: str) -> int:
         """Matrix products in the program of the gradient."""

@@ -66,10 +66,10 @@ def test_the_selection_bias_is_float32_whatever_the_dtype() -> None:
 
 def test_axes_name_what_is_sharded() -> None:
     axes = param_axes(get_preset("glm-4.5"))
-    assert axes["moe_layers"]["moe"]["experts"]["gate"] == ("layers", "experts", "expert_mlp", "embed")
+    assert axes["moe_layers"]["moe"]["experts"]["gate"] == ("layers", "experts", "expert_mlp", "expert_embed")
     assert axes["moe_layers"]["attention"]["k"]["weight"] == ("layers", "kv_heads", "embed")
     assert axes["embed"]["weight"] == ("vocab", "embed")
-    assert axes["mtp"]["block"]["moe"]["router"]["bias"] == ("experts",)
+    assert axes["mtp"]["block"]["moe"]["router"]["bias"] == ("router",)
 
 
 def test_published_shapes() -> None:

@@ -48,6 +48,7 @@ def reference(run_config):
     return result.digest(), losses(run_config)
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps_and_the_goodput(run_config):
     seen = []
     config = run_config.replace(profile_steps=(2, 3))

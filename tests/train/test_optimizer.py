@@ -115,6 +115,7 @@ def three_steps():
     return flat(parameter_groups(config)), flat(params), flat(after), clipped
 
 
+@pytest.mark.slow
 def test_muon_of_stacks_is_muon_of_each_matrix(three_steps):
     """Against float64 on every matrix of every stack: layers, experts, q, k, v, o, router and head apart."""
     groups, before, after, gradients = three_steps
