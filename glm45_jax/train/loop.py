@@ -24,7 +24,7 @@ from jaxtyping import Array
 from rich.console import Console
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.data import DataConfig, build_data
+from glm45_jax.data import DataConfig, build_data, count_shards
 from glm45_jax.errors import UserError
 from glm45_jax.model import Params, abstract_params
 from glm45_jax.parallel import device_in_force
