@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import sys
+import traceback
 from typing import Any, NamedTuple
 
 import jax
@@ -216,5 +217,8 @@ OTHERS = {
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or (*CASES, *OTHERS):
-        result = training(CASES[name]) if name in CASES else OTHERS[name]()
+        try:
+            result = training(CASES[name]) if name in CASES else OTHERS[name]()
+        except Exception:  # the other cases go on
+            result = {"failed": traceback.format_exc()[-3000:]}
         print(json.dumps({"case": name, **result}), flush=True)
