@@ -212,7 +212,7 @@ OTHERS = {
     "forward-context": lambda: forward_of(3, 13, expert=2, context=2),
     "decode": lambda: decoding(8, True, data=2, expert=2, tensor=2),
     "decode-few-rows": lambda: decoding(1, True, expert=2, tensor=4),
-    "decode-training-rules": lambda: decoding(8, False, fsdp=2, context=2, tensor=2),
+    "decode-training-rules": lambda: decoding(8, False, fsdp=2, expert=2, tensor=2),
 }
 
 if __name__ == "__main__":
