@@ -94,12 +94,12 @@ def test_the_other_is_killed_and_its_piece_of_the_newest_checkpoint_damaged(reci
     assert losses(out) == two[1]
 
 
-def test_one_of_four_is_killed_and_two_go_on(recipe, two):
+def test_one_of_four_is_killed_and_one_goes_on(recipe, two):
     out = recipe.parent / "four"
     run = Run(recipe, out, processes=4)
     assert run.signal_when(lambda: run.being_saved(after=1), 2), "while all wait for its part of a checkpoint"
     assert_ended_without(run, 2)
-    assert Run(recipe, out, processes=2).digest().startswith("xxh3:")
+    assert Run(recipe, out).digest().startswith("xxh3:")
     assert close(losses(out), two[1]), "other numbers of processes, the same data in the same order"
 
 
