@@ -90,10 +90,10 @@ def dropped_rows(journey: Journey, plan: Rounds) -> Int[Array, ""]:
 
 
 def in_rounds(
-    experts: Experts, plan: Rounds, rows: Float[Array, "M D"], weights: Float[Array, " M"], matrices: Any,
+    experts: Experts, plan: Rounds, rows: Float[Array, "M p Dp"], weights: Float[Array, " M"], matrices: Any,
     journey: Journey, more: Any,
-) -> Float[Array, "M D"]:  # fmt: skip
-    """The experts' answers to a device's rows, which are sorted by expert; zero for rows that are dropped.
+) -> Float[Array, "M p Dp"]:  # fmt: skip
+    """The experts' answers to a device's rows, which are `packed` and sorted by expert; zero for rows that are dropped.
 
     Differentiable in rows, weights and matrices. `more` goes to `experts` as it is; `experts` and `plan` are static.
     """
@@ -102,27 +102,52 @@ def in_rounds(
     )
 
 
+# A row travels in the form in which XLA for TPU sends it, in tiles that hold no other row's values: of bfloat16 two
+# halves one upon the other. In any other form every round would turn all rows into it, and back.
+
+
+def packed(rows: Float[Array, "M D"]) -> Float[Array, "M p Dp"]:
+    """The form in which rows travel."""
+    pieces = math.gcd(rows.shape[1], max(1, _WORD // rows.dtype.itemsize))
+    return rows.reshape(rows.shape[0], pieces, -1)
+
+
+def unpacked(rows: Float[Array, "M p Dp"]) -> Float[Array, "M D"]:
+    return rows.reshape(rows.shape[0], -1)
+
+
+# Rounds go by in twos: the even ones have a buffer of their own and so have the odd ones. One that changed its role
+# from round to round would be copied in each, since a loop's values keep their places.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_rounds(experts, plan: Rounds, rows, weights, matrices, journey, more):
-    sent, matrices = (_packed(rows), weights), _as_kernels_read(matrices)
+    sent, matrices = (rows, weights), _as_kernels_read(matrices)
+    leg = functools.partial(_leg, journey, plan=plan)
 
-    def fetch(number, spare):
-        there = _leg(journey, number, plan).there
-        return tuple(exchange(x, into, there, plan.axes) for x, into in zip(sent, spare))
+    def fetch(number, into):
+        return tuple(exchange(x, here, leg(number).there, plan.axes) for x, here in zip(sent, into))
 
-    def step(number, carry):
-        (arrived, spare), answers, out = carry
-        following = fetch(number + 1, spare)
-        out = exchange(answers, out, _leg(journey, number - 1, plan).back, plan.axes)
+    def answers_of(number, arrived):
         here, their_weights = arrived
-        answers = experts(_rows(here), their_weights, matrices, _leg(journey, number, plan).groups, more)
-        return (following, arrived), _packed(answers), out
+        return packed(experts(unpacked(here), their_weights, matrices, leg(number).groups, more))
 
-    buffers = _buffers(sent, plan, rows)
-    total = _count(journey, plan)
-    start = (fetch(0, buffers), buffers), buffers[0], jnp.zeros_like(sent[0])
-    _, answers, out = jax.lax.fori_loop(0, total, step, start)
-    return _rows(exchange(answers, out, _leg(journey, total - 1, plan).back, plan.axes))
+    def send_back(number, answers, out):
+        return exchange(answers, out, leg(number).back, plan.axes)
+
+    def two(pair, carry):
+        even, odd, answers, out = carry
+        first, second = 2 * pair, 2 * pair + 1
+        odd, out = fetch(second, odd), send_back(first - 1, answers, out)
+        answers = answers_of(first, even)
+        even, out = fetch(second + 1, even), send_back(first, answers, out)
+        return even, odd, answers_of(second, odd), out
+
+    even, odd = _buffers(sent, plan, rows), _buffers(sent, plan, rows)
+    pairs = _count_pairs(journey, plan)
+    start = fetch(0, even), odd, *_buffers((rows,), plan, rows), _nothing_yet(rows, plan)
+    _, _, answers, out = jax.lax.fori_loop(0, pairs, two, start)
+    return send_back(2 * pairs - 1, answers, out)
 
 
 def _fwd(experts, plan, *args):
@@ -131,50 +156,42 @@ def _fwd(experts, plan, *args):
 
 def _bwd(experts, plan: Rounds, residuals, dout):
     rows, weights, matrices, journey, more = residuals
-    sent, matrices = (_packed(rows), weights, _packed(dout)), _as_kernels_read(matrices)
+    sent, matrices = (rows, weights, dout), _as_kernels_read(matrices)
+    leg = functools.partial(_leg, journey, plan=plan)
 
-    def fetch(number, spare):
-        there = _leg(journey, number, plan).there
-        return tuple(exchange(x, into, there, plan.axes) for x, into in zip(sent, spare))
+    def fetch(number, into):
+        return tuple(exchange(x, here, leg(number).there, plan.axes) for x, here in zip(sent, into))
 
-    def send(gradients, into, number):
-        back = _leg(journey, number, plan).back
-        return tuple(exchange(x, total, back, plan.axes) for x, total in zip(gradients, into))
-
-    def step(number, carry):
-        (arrived, spare), gradients, sums, dmatrices = carry
-        following = fetch(number + 1, spare)
-        sums = send(gradients, sums, number - 1)
+    def gradients_of(number, arrived, dmatrices):
         here, their_weights, dhere = arrived
-        run = lambda *args: experts(*args, _leg(journey, number, plan).groups, more)  # noqa: E731
-        drows, dweights, more_dmatrices = jax.vjp(run, _rows(here), their_weights, matrices)[1](_rows(dhere))
-        gradients = _packed(drows), dweights
-        return (following, arrived), gradients, sums, jax.tree.map(jnp.add, dmatrices, more_dmatrices)
+        run = lambda *args: experts(*args, leg(number).groups, more)  # noqa: E731
+        drows, dweights, here_too = jax.vjp(run, unpacked(here), their_weights, matrices)[1](unpacked(dhere))
+        return (packed(drows), dweights), jax.tree.map(jnp.add, dmatrices, here_too)
 
-    buffers = _buffers(sent, plan, rows)
-    total = _count(journey, plan)
-    *none, dmatrices = jax.tree.map(jnp.zeros_like, (*sent[:2], matrices))
-    start = (fetch(0, buffers), buffers), buffers[:2], tuple(none), dmatrices
-    _, gradients, sums, dmatrices = jax.lax.fori_loop(0, total, step, start)
-    drows, dweights = send(gradients, sums, total - 1)
+    def send_back(number, gradients, sums):
+        return tuple(exchange(x, into, leg(number).back, plan.axes) for x, into in zip(gradients, sums))
+
+    def two(pair, carry):
+        even, odd, gradients, sums, dmatrices = carry
+        first, second = 2 * pair, 2 * pair + 1
+        odd, sums = fetch(second, odd), send_back(first - 1, gradients, sums)
+        gradients, dmatrices = gradients_of(first, even, dmatrices)
+        even, sums = fetch(second + 1, even), send_back(first, gradients, sums)
+        gradients, dmatrices = gradients_of(second, odd, dmatrices)
+        return even, odd, gradients, sums, dmatrices
+
+    even, odd = _buffers(sent, plan, rows), _buffers(sent, plan, rows)
+    pairs = _count_pairs(journey, plan)
+    sums = tuple(_nothing_yet(x, plan) for x in sent[:2])
+    gradients, dmatrices = _buffers(sent[:2], plan, rows), jax.tree.map(jnp.zeros_like, matrices)
+    start = fetch(0, even), odd, gradients, sums, dmatrices
+    _, _, gradients, sums, dmatrices = jax.lax.fori_loop(0, pairs, two, start)
+    drows, dweights = send_back(2 * pairs - 1, gradients, sums)
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (journey, more))
-    return _rows(drows), dweights, dmatrices, *no_gradient
+    return drows, dweights, dmatrices, *no_gradient
 
 
 _in_rounds.defvjp(_fwd, _bwd)
-
-
-# A row travels in the form in which XLA for TPU sends it, in tiles that hold no other row's values: of bfloat16 two
-# halves one upon the other. In any other form every round would turn all rows into it, and back.
-
-
-def _packed(rows: Float[Array, "M D"]) -> Float[Array, "M p Dp"]:
-    pieces = math.gcd(rows.shape[1], max(1, _WORD // rows.dtype.itemsize))
-    return rows.reshape(rows.shape[0], pieces, -1)
-
-
-def _rows(packed: Float[Array, "M p Dp"]) -> Float[Array, "M D"]:
-    return packed.reshape(packed.shape[0], -1)
 
 
 def _as_kernels_read(matrices: Any) -> Any:
@@ -183,11 +200,19 @@ def _as_kernels_read(matrices: Any) -> Any:
 
 
 def _buffers(arrays, plan: Rounds, like: Array) -> Any:
-    return local.spread_like(tuple(jnp.zeros((plan.rows, *x.shape[1:]), x.dtype) for x in arrays), like)
+    """For what arrives. What lies in them before is never read: the experts read the rows of their groups alone."""
+    return local.spread_like(tuple(jax.lax.empty((plan.rows, *x.shape[1:]), x.dtype) for x in arrays), like)
 
 
-def _count(journey: Journey, plan: Rounds) -> Int[Array, ""]:
-    """Rounds until every device has met all its rows.
+def _nothing_yet(rows: Array, plan: Rounds) -> Array:
+    """For what comes back, which without a limit is all rows'."""
+    if plan.limit is not None:
+        return jnp.zeros_like(rows)
+    return local.spread_like(jax.lax.empty(rows.shape, rows.dtype), rows)
+
+
+def _count_pairs(journey: Journey, plan: Rounds) -> Int[Array, ""]:
+    """Twos of rounds until every device has met all its rows.
 
     The busiest device has the mean at least: said with `maximum`, so that whoever reads the program (`glm45 plan`)
     knows how many rounds even loads take.
@@ -195,7 +220,7 @@ def _count(journey: Journey, plan: Rounds) -> Int[Array, ""]:
     devices = journey.counts.shape[0]
     most = jnp.max(journey.counts.sum(0).reshape(devices, -1).sum(1))
     most = most if plan.limit is None else jnp.minimum(most, plan.limit)
-    return jnp.maximum(plan.least, -(-most // plan.rows))
+    return jnp.maximum(-(-plan.least // 2), -(-most // (2 * plan.rows)))
 
 
 def _leg(journey: Journey, number: Array, plan: Rounds) -> Leg:

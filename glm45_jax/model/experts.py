@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.expert_rounds import dropped_rows, in_rounds, plan_journey, rounds_for
+from glm45_jax.model.expert_rounds import dropped_rows, in_rounds, packed, plan_journey, rounds_for, unpacked
 from glm45_jax.model.layers import recomputed
 from glm45_jax.parallel import local
 from glm45_jax.parallel.sharding import as_axes, rules_of
@@ -136,13 +136,13 @@ def _by_all_to_all(x, indices, weights, matrices, layer, *, config: ModelConfig,
     sizes = keep(jnp.bincount(number, length=config.n_routed_experts).astype(jnp.int32))
     journey = plan_journey(sizes, axes)
     plan = rounds_for(number.size, axes, config.parallel.expert_chunks, config.parallel.expert_capacity)
-    rows, weights = _dispatch(x, order, place, top_k), _permute(weights.reshape(-1), order, place)
+    rows, weights = _dispatch(packed(x), order, place, top_k), _permute(weights.reshape(-1), order, place)
 
     def experts(rows, weights, matrices, groups, layer):
         return _mlps(rows, weights, matrices, groups, layer, config)
 
     answers = in_rounds(experts, plan, rows, weights, matrices, journey, layer)
-    return _sum_of_choices(_permute(answers, place, order), top_k), dropped_rows(journey, plan)
+    return unpacked(_sum_of_choices(_permute(answers, place, order), top_k)), dropped_rows(journey, plan)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ def _mlps(rows, weights, matrices, sizes, layer, config: ModelConfig) -> Float[A
     return grouped_matmul(weighted, down, sizes, **how)
 
 
-def _sum_of_choices(answers: Float[Array, "M D"], top_k: int) -> Float[Array, "T D"]:
-    return answers.reshape(-1, top_k, answers.shape[-1]).astype(jnp.float32).sum(1).astype(answers.dtype)
+def _sum_of_choices(answers: Float[Array, "M ..."], top_k: int) -> Float[Array, "T ..."]:
+    return answers.reshape(-1, top_k, *answers.shape[1:]).astype(jnp.float32).sum(1).astype(answers.dtype)
 
 
 # Dispatch and permutation are gathers both ways: XLA would derive a scatter-add from a gather, slow everywhere. Of the
@@ -172,8 +172,8 @@ def _rows_at(x: Array, place: Int[Array, " M"], fewer: bool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dispatch(
-    x: Float[Array, "T D"], order: Int[Array, " R"], place: Int[Array, " M"], top_k: int
-) -> Float[Array, "R D"]:
+    x: Float[Array, "T ..."], order: Int[Array, " R"], place: Int[Array, " M"], top_k: int
+) -> Float[Array, "R ..."]:
     """Each token's row once per chosen expert, sorted by expert."""
     return x[order // top_k]
 

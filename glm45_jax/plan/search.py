@@ -148,19 +148,20 @@ def _serve_sent(job: Job, c: ModelConfig, sizes: dict[str, int]) -> dict[str, fl
 def largest_batch(at: Plan, plan_of: Callable[[int], Plan]) -> int:
     """The largest batch that fits, in multiples of what the mesh needs; 0 where none does.
 
-    Memory grows as a line with the batch: the line through two compiled sizes says where it ends, and that is compiled,
-    and less than it until one fits.
+    Memory grows as a line with the batch, which begins at what is held without one: where it meets the limit is compiled
+    next, and the line goes on from there, until it ends at a batch that fits.
     """
     unit = math.prod(at.mesh[a] for a in ("data", "pipeline", "fsdp", "expert"))
-    one = at if at.batch == unit else plan_of(unit)
-    if not one.fits:
-        return 0
-    two = plan_of(2 * unit)
-    if not two.fits:
-        return unit
-    assert one.memory.peak is not None and two.memory.peak is not None
-    more = max(1.0, two.memory.peak - one.memory.peak)
-    guess = 1 + int((one.memory.limit - one.memory.peak) / more)
-    while guess > 2 and not plan_of(guess * unit).fits:
-        guess = max(2, min(guess - 1, int(guess * 0.9)))
-    return guess * unit
+    assert at.memory.peak is not None and at.batch % unit == 0
+    peaks = {0: at.memory.parameters + at.memory.optimizer, at.batch // unit: at.memory.peak}
+    fits, fails = (at.batch // unit, math.inf) if at.fits else (0, at.batch // unit)
+    while True:
+        (first, low), (second, high) = sorted(peaks.items())[-2:]
+        each = max(1.0, (high - low) / (second - first))
+        guess = int(min(first + (at.memory.limit - low) / each, fails - 1))
+        if guess <= fits:
+            return fits * unit
+        plan = plan_of(guess * unit)
+        assert plan.memory.peak is not None
+        peaks[guess] = plan.memory.peak
+        fits, fails = (guess, fails) if plan.fits else (fits, guess)
