@@ -148,8 +148,8 @@ def _serve_sent(job: Job, c: ModelConfig, sizes: dict[str, int]) -> dict[str, fl
 def largest_batch(at: Plan, plan_of: Callable[[int], Plan]) -> int:
     """The largest batch that fits, in multiples of what the mesh needs; 0 where none does.
 
-    Memory grows as a line with the batch, which begins at what is held without one: where it meets the limit is compiled
-    next, and the line goes on from there, until it ends at a batch that fits.
+    Memory grows as a line with the batch, which begins at what is held without one: where it meets the limit is
+    compiled next, and the line goes on from there, until it ends at a batch that fits.
     """
     unit = math.prod(at.mesh[a] for a in ("data", "pipeline", "fsdp", "expert"))
     assert at.memory.peak is not None and at.batch % unit == 0
