@@ -3,11 +3,12 @@
     python scripts/prove_plans.py                        # what is not there yet
     python scripts/prove_plans.py --only glm-4.5-air v5p # entries whose names have all of these words
     python scripts/prove_plans.py --again --only decode  # made anew
+    python scripts/prove_plans.py --no-compile           # count what is not there yet: half a minute each
     python scripts/prove_plans.py --page                 # only the page
 
 Each entry is a process of its own that compiles the program for the slice: minutes of a core, hours for all of them. It
 is written as soon as it is done, so that a stopped run goes on where it was. One that fails, or takes longer than the
-timeout, is written with its error, and tried again the next time.
+timeout, is written with its error, and tried again the next time; one that was only counted is compiled.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class Options:
     """Words that an entry's name must have, all of them."""
     again: bool = False
     """Make entries anew that are there."""
+    compile: bool = True
+    """Compile; else count, without the compiler's figure for the memory."""
     page: bool = False
-    """Compile nothing, write the page."""
+    """Plan nothing, write the page."""
     timeout: float = 3600
     """Seconds of an entry."""
 
@@ -56,14 +59,15 @@ class Entry:
     mesh: str
     seq_len: int
     batch: int
+    largest: bool = False  # find the largest batch too
 
     @property
     def name(self) -> str:
         return f"{self.title}, {self.model} on {self.slice}"
 
-    @property
-    def arguments(self) -> list[str]:
+    def arguments(self, compiled: bool) -> list[str]:
         sizes = ["--seq-len", str(self.seq_len), "--batch-size", str(self.batch)]
+        sizes += ["--largest-batch"] if self.largest and compiled else []
         return [self.program, "--model", self.model, "--slice", self.slice, "--mesh", self.mesh, *sizes]
 
 
@@ -92,14 +96,18 @@ _TOKENS = 16384  # of a device in training: as many as hide the gathering of wei
 STAGES = {"pre-training 4K": (4096, 1), "mid-training 32K": (32768, 4), "mid-training 128K": (131072, 16)}
 
 
+LARGEST = ("pre-training 4K", "glm-4.5", "v5p:8x8x4")  # whose largest batch is looked for
+
+
 def entries() -> Iterator[Entry]:
     for model, slices in TRAINING.items():
         for title, (seq_len, context) in STAGES.items():
             for name, devices in slices.items():
                 rows = devices // context
-                expert = min(8, rows)  # one dimension of the torus; more make an all-to-all longer
+                expert = min(4, rows)  # more make an all-to-all longer, and cost more than they save of fsdp's gathers
                 mesh = f"fsdp={rows // expert},expert={expert},context={context}"
-                yield Entry(title, "train", model, name, mesh, seq_len, rows * max(1, _TOKENS * context // seq_len))
+                batch, largest = rows * max(1, _TOKENS * context // seq_len), (title, model, name) == LARGEST
+                yield Entry(title, "train", model, name, mesh, seq_len, batch, largest)
     for model, slices in SERVING.items():
         for name, (data, expert, tensor) in slices.items():
             mesh = f"data={data},fsdp=1,expert={expert},tensor={tensor}"
@@ -110,14 +118,14 @@ def entries() -> Iterator[Entry]:
 def main(options: Options) -> int:
     rows = json.loads(options.json.read_text()) if options.json.exists() else {}
     wanted = [e for e in entries() if all(word in e.name for word in options.only)]
-    missing = [e for e in wanted if options.again or "error" in rows.get(e.name, {"error": ""})]
+    missing = [e for e in wanted if options.again or is_missing(rows.get(e.name), options.compile)]
     failed = 0
     if not options.page:
         with Progress(*COLUMNS, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("plans", total=len(missing))
             for entry in missing:
                 progress.update(task, description=entry.name)
-                row = planned(entry, options.timeout)
+                row = planned(entry, options)
                 failed += "error" in row
                 print(f"{entry.name}: {summary(row)}", flush=True)
                 rows = put(options.json, entry.name, row)
@@ -127,17 +135,22 @@ def main(options: Options) -> int:
     return int(failed > 0)
 
 
-def planned(entry: Entry, timeout: float) -> dict[str, Any]:
+def is_missing(row: dict[str, Any] | None, compiled: bool) -> bool:
+    return row is None or "error" in row or (compiled and row["memory"]["peak"] is None)
+
+
+def planned(entry: Entry, options: Options) -> dict[str, Any]:
     """The plan, made by the command in a process of its own; or what went wrong."""
     told = circumstances("jax", "jaxlib", "libtpu")
     env = dict(os.environ, JAX_PLATFORMS="cpu")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "glm45_jax", "plan", *entry.arguments, "--json", str(file)]
+        command = [sys.executable, "-m", "glm45_jax", "plan", *entry.arguments(options.compile), "--json", str(file)]
+        command += [] if options.compile else ["--no-compile"]
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=options.timeout)
         except subprocess.TimeoutExpired:
-            return {"error": f"not done within {timeout:.0f} s", **told}
+            return {"error": f"not done within {options.timeout:.0f} s", **told}
         if done.returncode or not file.exists():
             return {"error": (done.stderr.strip().splitlines() or ["no answer"])[-1][:500], **told}
         return {**json.loads(file.read_text()), "title": entry.title, **told}
@@ -165,11 +178,14 @@ def written(file: Path, text: str) -> None:
 
 HEAD = """# Plans
 
-What a step needs of one device, and the time that it cannot beat: programs compiled for slices that were not there, by
-`scripts/prove_plans.py` (`docs/proofs/plans.json` has all figures and the circumstances). `glm45 plan train`, `prefill`
-and `decode` make one.
+What a step needs of one device, and the time that it cannot beat: programs compiled, or counted, for slices that were
+not there, by `scripts/prove_plans.py` (`docs/proofs/plans.json` has all figures and the circumstances).
+`glm45 plan train`, `prefill` and `decode` make one.
 
-- *Peak* is the compiler's, of a device; *limit* its memory less what the runtime keeps.
+- *Peak* is the compiler's, of a device; *limit* its memory less what the runtime keeps. Where a peak is given as "more
+  than", nothing was compiled: parameters, optimizer, cache and saved activations, without the step's temporaries. The
+  times of such a row are counted from the program that would be compiled; XLA's own copies and collectives are missing
+  (of the step of GLM-4.5 on v5p:8x8x4, 4 % of the memory's time and 2 % of the links').
 - *Compute*: executed FLOPs (recomputation and padding included) at the bf16 peak. *Memory*: bytes read and written at
   the memory's speed. *Links*: the busiest mesh axis, its bytes at the speed of the links that it lies on.
 - *Roofline* is the longest of them, as if all else hid behind it; *serial* their sum. Nothing here was clocked.
@@ -195,18 +211,18 @@ def table(found: list[Entry], rows: dict[str, Any]) -> str:
         cells = figures(rows[entry.name])
         mesh = ", ".join(part for part in entry.mesh.split(",") if not part.endswith("=1"))
         lines.append("| " + " | ".join((entry.slice, mesh, str(entry.batch), *cells)) + " |")
+    most = {e.slice: rows[e.name].get("largest_batch") for e in found}
+    lines += [f"\nThe largest batch that fits {name}: {n} sequences." for name, n in most.items() if n]
     return "\n".join(lines)
 
 
 def figures(row: dict[str, Any]) -> tuple[str, ...]:
     if "error" in row:
         return (f"no plan: {row['error'][:120].replace('|', '/')}", *[""] * 10)
-    memory, links = row["memory"], row["collective_seconds"] or {}
+    links = row["collective_seconds"] or {}
     times = (row["compute_seconds"], row["memory_seconds"], max(links.values(), default=0.0))
     return (
-        f"{memory['peak'] / 2**30:.1f} GiB",
-        f"{memory['limit'] / 2**30:.1f} GiB",
-        "yes" if row["fits"] else "no",
+        *memory(row),
         *(f"{t * 1e3:.4g} ms" for t in (*times, row["roofline_seconds"], row["serial_seconds"])),
         row["bound_by"],
         f"{row['mfu']:.1%}",
@@ -214,11 +230,22 @@ def figures(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def memory(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The peak, or what there is at least where nothing was compiled; the limit; and whether it fits."""
+    m = row["memory"]
+    known = sum(m[part] or 0 for part in ("parameters", "optimizer", "cache", "batch", "activations"))
+    peak = f"> {known / 2**30:.1f} GiB" if m["peak"] is None else f"{m['peak'] / 2**30:.1f} GiB"
+    fits = known <= m["limit"] if row["fits"] is None else row["fits"]
+    return peak, f"{m['limit'] / 2**30:.1f} GiB", "no" if not fits else "?" if row["fits"] is None else "yes"
+
+
 def summary(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"NO PLAN: {row['error'][:200]}"
-    peak, fits = row["memory"]["peak"] / 2**30, "fits" if row["fits"] else "DOES NOT FIT"
-    return f"{peak:.1f} GiB {fits}, {row['roofline_seconds'] * 1e3:.4g} ms by {row['bound_by']}, MFU {row['mfu']:.1%}"
+    peak, limit, fits = memory(row)
+    return (
+        f"{peak} of {limit}, fits: {fits}, {row['roofline_seconds']:.4g} s by {row['bound_by']}, MFU {row['mfu']:.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Step:
     mesh: str | None = None
     """Sizes of mesh axes, as fsdp=16,expert=16; axes not named are 1, and fsdp what remains."""
     compile: bool = True
-    """Compile, which takes minutes for a large model; else only FLOPs and bytes are counted, in seconds."""
+    """Compile, which takes minutes for a large model; else FLOPs, bytes and what the program itself sends are counted, in
+    seconds, and only a part of the memory."""
     suggest: bool = False
     """Try meshes (in training, remat policies too): all by estimate, the best few compiled."""
     tries: int = 3
@@ -244,7 +245,7 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(("memory", seconds(plan.memory_seconds), f"{plan.bytes / 1e9:.4g} GB read and written"))
     for axis, time in plan.collective_seconds.items():
         speed = (plan.link_bytes_per_s or {})[axis]
-        sent = (plan.collective_bytes or {})[axis]
+        sent = plan.collective_bytes[axis]
         rows.append((f"axis {axis}", seconds(time), f"{sent / 1e9:.4g} GB at {speed / 1e9:.4g} GB/s"))
     rows.append(("all overlapped", seconds(plan.roofline_seconds), f"bound by {plan.bound_by}"))
     rows.append(("nothing overlapped", seconds(plan.serial_seconds), ""))

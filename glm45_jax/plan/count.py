@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from glm45_jax.plan.collectives import Collective
 from pallas_kernels.analysis.interpreter import UnknownValueError
 from pallas_kernels.analysis.kernel import item_bytes
 from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
@@ -45,6 +46,7 @@ class Counts:
       kernels: calls, FLOPs and bytes by kernel.
       saved_bytes: stacked values that one loop leaves for another: activations kept for the backward pass.
       ragged_sent, ragged_room: bytes that ragged all-to-alls send, and would if they filled the smaller buffer.
+      collectives: that the program itself asks for, within `shard_map`; XLA's own are seen in the compiled one alone.
       notes: what is not exact.
     """
 
@@ -54,6 +56,7 @@ class Counts:
     saved_bytes: float = 0
     ragged_sent: float = 0
     ragged_room: float = 0
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -78,6 +81,7 @@ class Counts:
         self.saved_bytes += other.saved_bytes
         self.ragged_sent += other.ragged_sent
         self.ragged_room += other.ragged_room
+        self.collectives += other.collectives
         self.notes |= other.notes
         for name, kernel in other.kernels.items():
             mine = self.kernels.setdefault(name, Kernel())
@@ -112,8 +116,16 @@ def count(jaxpr: Any, values: Sequence[Any], platform: str, devices: int = 1) ->
     return walk.counts
 
 
+_KINDS = {
+    "psum": "all-reduce", "psum_invariant": "all-reduce", "psum2": "all-reduce", "pmax": "all-reduce",
+    "pmin": "all-reduce", "all_gather": "all-gather", "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all", "ppermute": "collective-permute",
+    "ragged_all_to_all": "ragged-all-to-all",
+}  # fmt: skip
+
+
 class _Count(ProgramWalk):
-    counted = ProgramWalk.counted | {"ragged_all_to_all"}
+    counted = ProgramWalk.counted | _KINDS.keys()
 
     def __init__(self, platform: str, devices: int) -> None:
         super().__init__(platform)
@@ -249,14 +261,16 @@ class _Count(ProgramWalk):
         held, into = (v.aval for v in eqn.invars[:2])
         row = math.prod(held.shape[1:]) * item_bytes(held.dtype) * self.times
         room = min(held.shape[0], into.shape[0])
+        sent = min(room, int(np.sum(args[3]))) if known(args[3]) else room
         self.counts.ragged_room += row * room
-        self.counts.ragged_sent += row * (min(room, int(np.sum(args[3]))) if known(args[3]) else room)
+        self.counts.ragged_sent += row * sent
+        self._note_collective(eqn, row * sent / self.times)
         return [UNKNOWN]
 
     def _collective(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         def apply(eqn: Any, args: list[Any]) -> list[Any]:
-            names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-            n = math.prod(self.axis_sizes.get(a, 1) for a in (names if isinstance(names, tuple) else (names,)))
+            self._note_collective(eqn, sum(math.prod(v.aval.shape) * item_bytes(v.aval.dtype) for v in eqn.invars))
+            n = math.prod(self.axis_sizes.get(a, 1) for a in _axes(eqn))
             outs = []
             for x, v in zip(args, eqn.outvars):
                 y = rule(x, n, eqn.params) if known(x) else UNKNOWN
@@ -264,6 +278,22 @@ class _Count(ProgramWalk):
             return outs
 
         return apply
+
+    def _note_collective(self, eqn: Any, nbytes: float) -> None:
+        over = _axes(eqn)
+        axes = tuple(a for a, n in self.axis_sizes.items() if a in over and n > 1)  # in the mesh's order
+        if not axes:
+            return
+        kind, group = _KINDS[eqn.primitive.name], tuple(self.axis_sizes[a] for a in axes)
+        away = [abs(b - a) for a, b in eqn.params.get("perm", ())]
+        hops = (sum(min(d, group[0] - d) for d in away) / len(away),) if away else ()
+        name = f"{eqn.primitive.name}.{len(self.counts.collectives)}"
+        self.counts.collectives.append(Collective(kind, axes, group, nbytes, self.times, name, hops=hops))
+
+
+def _axes(eqn: Any) -> tuple[Any, ...]:
+    names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    return names if isinstance(names, tuple) else (names,)
 
 
 def _gathered(x: np.ndarray, n: int, p: dict[str, Any]) -> np.ndarray:

@@ -89,12 +89,12 @@ def parse_mesh(text: str) -> MeshConfig:
 def default_mesh(program: str, model: ModelConfig, devices: int) -> MeshConfig:
     """A mesh to begin with.
 
-    Training: up to 16 devices share the experts, fsdp is the rest. Serving: heads over as many as there are kv heads,
+    Training: up to 4 devices share the experts (an all-to-all of more is longer), fsdp is the rest. Serving: heads over as many as there are kv heads,
     experts over as many more as divide them, and copies of that.
     """
     experts = model.n_routed_experts
     if program == "train":
-        return MeshConfig(expert=_largest(devices, 16, lambda n: experts % n == 0), fsdp=-1)
+        return MeshConfig(expert=_largest(devices, 4, lambda n: experts % n == 0), fsdp=-1)
     tensor = _largest(devices, model.num_key_value_heads, lambda n: experts % n == 0)
     expert = _largest(devices // tensor, devices, lambda n: experts % (n * tensor) == 0)
     return MeshConfig(tensor=tensor, expert=expert, data=-1, fsdp=1)

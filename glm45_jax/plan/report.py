@@ -12,7 +12,8 @@ Identities between the fields, exact:
   mfu                  = model_flops / (chips * chip_flops_per_s * roofline_seconds)
   fits                 = memory.peak <= memory.limit
 
-Without a compiled program memory but for arguments, and collectives, are not known: None, and left out of the times.
+Without a compiled program memory but for arguments and saved activations is not known: None. Collectives are then those
+that the program itself asks for, and without a compiler to describe the slice's links their times are left out.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from glm45_jax.plan.count import Counts, count
 from glm45_jax.plan.hlo_cost import matrix_flops, memory_bytes
 from glm45_jax.plan.programs import Program, bytes_per_device, steering_values
 from glm45_jax.plan.slices import Slice, axis_speeds, mesh_of, parse_slice, resolved
+from pallas_kernels.analysis.compile import missing_compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Plan:
     bytes: float
     jaxpr_flops: float
     jaxpr_bytes: float
-    collective_bytes: dict[str, float] | None
+    collective_bytes: dict[str, float]
     link_bytes_per_s: dict[str, float] | None
     chip_flops_per_s: float
     device_flops_per_s: float
@@ -112,7 +114,7 @@ class Plan:
     @property
     def collective_seconds(self) -> dict[str, float]:
         speeds = self.link_bytes_per_s or {}
-        return {axis: sent / speeds[axis] for axis, sent in (self.collective_bytes or {}).items()}
+        return {axis: sent / speeds[axis] for axis, sent in self.collective_bytes.items() if axis in speeds}
 
     @property
     def terms(self) -> dict[str, float]:
@@ -166,15 +168,16 @@ class Job:
 def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) -> Plan:
     """Compiles the job's program for the slice and counts it; `compiled=False` only counts."""
     where = parse_slice(slice_name)
-    mesh = mesh_of(slice_name, sizes) if compiled else abstract_mesh(where, sizes)
+    described = missing_compiler(where.chip.name) is None
+    mesh = mesh_of(slice_name, sizes) if described else abstract_mesh(where, sizes)
     program = job.make(mesh)
     # the mesh in force tells kernels their chip
-    with jax.set_mesh(mesh) if compiled else jax.sharding.use_abstract_mesh(mesh):
+    with jax.set_mesh(mesh) if described else jax.sharding.use_abstract_mesh(mesh):
         traced = program.trace()
     counts = count(traced.jaxpr, steering_values(program), where.platform, where.devices)
     built = build(program, where, mesh, traced) if compiled else None
-    found = _without_empty_rows(collectives(built.hlo, mesh), counts) if built and built.hlo else None
-    speeds = axis_speeds(where, mesh) if compiled else None
+    found = _without_empty_rows(collectives(built.hlo, mesh), counts) if built and built.hlo else counts.collectives
+    speeds = axis_speeds(where, mesh) if described else None
     memory = _memory(program, where, built, counts)
     # what is compiled is what runs; kernels are opaque to the compiler, and the walk knows them
     xla_flops, xla_bytes = counts.xla_flops, counts.xla_bytes
@@ -183,8 +186,8 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
         if where.platform == "tpu":  # a GPU's products are calls of cuBLAS by then
             xla_flops = matrix_flops(built.hlo)
     notes = [*counts.notes, *(built.hlo.notes if built and built.hlo else ())]
-    if built and built.hlo is None:
-        notes.append("it does not fit: no program, so no collectives in the figures")
+    if not (built and built.hlo):
+        notes.append("of the collectives only those that the program itself asks for are in the figures, not XLA's own")
     network = "switch" if where.platform == "cuda" else "torus"
     per_chip = where.hardware.devices_per_chip
     return Plan(
@@ -203,7 +206,7 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
         bytes=xla_bytes + counts.kernel_bytes,
         jaxpr_flops=counts.flops,
         jaxpr_bytes=counts.bytes,
-        collective_bytes=None if found is None else sent_bytes(found, mesh, network),
+        collective_bytes=sent_bytes(found, mesh, network),
         link_bytes_per_s=speeds,
         chip_flops_per_s=where.chip.bf16_flops_per_s * per_chip,
         device_flops_per_s=where.chip.bf16_flops_per_s,
@@ -212,7 +215,7 @@ def plan(job: Job, slice_name: str, sizes: MeshConfig, compiled: bool = True) ->
         active_parameters=job.active_parameters,
         tokens=job.tokens,
         kernels={name: dataclasses.asdict(kernel) for name, kernel in sorted(counts.kernels.items())},
-        collectives=_how_often(found or []),
+        collectives=_how_often(found),
         compile_seconds=built.seconds if built else None,
         notes=tuple(notes),
         versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},

@@ -32,8 +32,8 @@ def identities(p: dict[str, Any]) -> None:
     assert p["compute_seconds"] == p["flops"] / p["device_flops_per_s"]
     assert p["memory_seconds"] == p["bytes"] / p["device_bytes_per_s"]
     terms = {"compute": p["compute_seconds"], "memory": p["memory_seconds"], **p["collective_seconds"]}
-    for axis, sent in (p["collective_bytes"] or {}).items():
-        assert terms[axis] == sent / p["link_bytes_per_s"][axis]
+    for axis, speed in (p["link_bytes_per_s"] or {}).items():
+        assert terms[axis] == p["collective_bytes"][axis] / speed
     assert p["roofline_seconds"] == max(terms.values()) == terms[p["bound_by"]]
     assert p["serial_seconds"] == sum(terms.values())
     assert p["mfu"] == p["model_flops"] / (p["chips"] * p["chip_flops_per_s"] * p["roofline_seconds"])
@@ -59,8 +59,8 @@ def test_training_is_counted_without_a_compiler(tmp_path: Path) -> None:
     plan = command(tmp_path, "train", "--model", "tiny", *args)
     assert (plan["chips"], plan["batch"], plan["tokens"], plan["remat"]) == (4, 4, 512, "full")
     assert plan["mesh"] == {"data": 1, "pipeline": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 1}
-    assert plan["collective_bytes"] is None and plan["memory"]["peak"] is None
-    assert not plan["notes"]  # every kernel is counted
+    assert plan["collective_bytes"].keys() == {"fsdp", "expert"} and plan["memory"]["peak"] is None
+    assert len(plan["notes"]) == 1  # of collectives: every kernel is counted
     assert plan["flops"] > plan["model_flops"] / 4
     total = sum(x.size for x in jax.tree.leaves(abstract_params(get_preset("tiny"))))
     assert total * 4 / 4 <= plan["memory"]["parameters"] <= total * 4  # float32, most of it on one device alone
@@ -95,6 +95,10 @@ def test_a_step_is_compiled_for_four_chips(tmp_path: Path, program: str) -> None
     assert set(plan["link_bytes_per_s"]) == busy
     # what is compiled does what the jaxpr says, but for what devices do over again
     assert plan["flops"] >= 0.9 * plan["jaxpr_flops"]
+    counted = command(tmp_path, program, *args, "--no-compile")
+    assert counted["link_bytes_per_s"] == plan["link_bytes_per_s"]
+    asked, sent = (sum(p["collective_bytes"].values()) for p in (counted, plan))
+    assert 0.75 < asked / sent < 1.1
 
 
 @pytest.mark.parametrize(
