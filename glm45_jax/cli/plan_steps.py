@@ -32,8 +32,8 @@ class Step:
     mesh: str | None = None
     """Sizes of mesh axes, as fsdp=16,expert=16; axes not named are 1, and fsdp what remains."""
     compile: bool = True
-    """Compile, which takes minutes for a large model; else FLOPs, bytes and what the program itself sends are counted, in
-    seconds, and only a part of the memory."""
+    """Compile, which takes minutes for a large model; else FLOPs, bytes and what the program itself sends are counted,
+    in seconds, and only a part of the memory."""
     suggest: bool = False
     """Try meshes (in training, remat policies too): all by estimate, the best few compiled."""
     tries: int = 3

@@ -89,8 +89,8 @@ def parse_mesh(text: str) -> MeshConfig:
 def default_mesh(program: str, model: ModelConfig, devices: int) -> MeshConfig:
     """A mesh to begin with.
 
-    Training: up to 4 devices share the experts (an all-to-all of more is longer), fsdp is the rest. Serving: heads over as many as there are kv heads,
-    experts over as many more as divide them, and copies of that.
+    Training: up to 4 devices share the experts (an all-to-all of more is longer), fsdp is the rest. Serving: heads over
+    as many as there are kv heads, experts over as many more as divide them, and copies of that.
     """
     experts = model.n_routed_experts
     if program == "train":
