@@ -2,6 +2,7 @@
 
 from glm45_jax.model.decode import KVCache, decode_step, init_cache, prefill
 from glm45_jax.model.decoder import ForwardOutput, MTPOutput, forward, mtp_forward
+from glm45_jax.model.paged import Ragged, init_pages, mtp_paged_step, paged_step
 from glm45_jax.model.params import Params, abstract_params, init_params, param_axes, param_shardings
 
 __all__ = [
@@ -9,12 +10,16 @@ __all__ = [
     "KVCache",
     "MTPOutput",
     "Params",
+    "Ragged",
     "abstract_params",
     "decode_step",
     "forward",
     "init_cache",
+    "init_pages",
     "init_params",
     "mtp_forward",
+    "mtp_paged_step",
+    "paged_step",
     "param_axes",
     "param_shardings",
     "prefill",

@@ -120,8 +120,8 @@ def prefill(
                 return attend(q, k, v, slots=slots, segment_ids=own, kv_segment_ids=seen.kv_segment_ids), kv
             return attend_sequence(q, k, v, seen, config), kv
 
-        h, kv = _layers(params, config, tokens, seen.rotary, kv, attention, is_last)
-        return _logits(params, config, h[:, 0]), kv
+        h, kv = cached_layers(params, config, tokens, seen.rotary, kv, attention, is_last)
+        return own_logits(params, config, h[:, 0]), kv
 
     length = tokens.shape[1]
     new, by_row = (tokens, rows, is_last), (last, segment)
@@ -153,8 +153,8 @@ def decode_step(
             k, v = (_write(stack, new, layer, slots) for stack, new in zip(kv, (k, v)))
             return _attend_cached(q, k, v, layer, slots[:, None], segment[:, None], kv_segment_ids), (k, v)
 
-        h, kv = _layers(params, config, tokens[:, None], rotary_tables(config, position[:, None]), kv, attention)
-        return _logits(params, config, h[:, 0]), kv
+        h, kv = cached_layers(params, config, tokens[:, None], rotary_tables(config, position[:, None]), kv, attention)
+        return own_logits(params, config, h[:, 0]), kv
 
     by_row = tokens, cache.position, cache.segment, slots, kv_segment_ids
     logits, (k, v) = over_serving_mesh(run, config, params, (cache.k, cache.v), (), by_row)
@@ -199,7 +199,7 @@ def _write(
     return stack
 
 
-def _layers(params, config, tokens, rotary, kv, attention, is_last: Any = None):
+def cached_layers(params, config, tokens, rotary, kv, attention, is_last: Any = None):
     """All layers, by number; `attention(q, k, v, kv, layer)` reads and updates the cache.
 
     With `is_last` [B, S], true of one token in each row, the last layer goes on with those tokens alone.
@@ -208,19 +208,8 @@ def _layers(params, config, tokens, rotary, kv, attention, is_last: Any = None):
     def layer(index, carry, kind, first, cut=False):
         h, kv = carry
         module, experts_layer = _layer(params[kind], index, config, kind)
-        own = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
-        a, angles = enter_tensor(own), rotary
-        k, v = keys_values(a, module.attention, config, rotary)
-        if cut:
-            h, a = (_only(x, is_last) for x in (h, own))
-            angles = jax.tree.map(lambda x: _only(local.own_piece(x, "tensor", axis=1), is_last), rotary)
-        attended, kv = attention(queries(a, module.attention, config, angles), k, v, kv, first + index)
-        h = h + output(attended, module.attention, h)
-        b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
-        if hasattr(module, "mlp"):
-            return h + swiglu(b, module.mlp), kv
-        y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, experts_layer)
-        return h + y.reshape(h.shape), kv
+        only = functools.partial(_only, chosen=is_last) if cut else None
+        return cached_block(module, config, h, rotary, kv, attention, first + index, experts_layer, only)
 
     carry, first = (local.spread_like(embed(params["embed"]["weight"], tokens, config), tokens), kv), 0
     kinds = stacked_kinds(config)
@@ -232,6 +221,23 @@ def _layers(params, config, tokens, rotary, kv, attention, is_last: Any = None):
         first += count
     h, kv = carry
     return rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps), kv
+
+
+def cached_block(module, config, h, rotary, kv, attention, number, experts_layer=None, only: Any = None):
+    """One layer, whose place in the cache is `number`; `only` takes the tokens that go on out of [B, s, D]."""
+    own = rms_norm(h, module.input_norm.scale[...], config.rms_norm_eps)
+    a, angles = enter_tensor(own), rotary
+    k, v = keys_values(a, module.attention, config, rotary)
+    if only is not None:
+        h, a = only(h), only(own)
+        angles = jax.tree.map(lambda x: only(local.own_piece(x, "tensor", axis=1)), rotary)
+    attended, kv = attention(queries(a, module.attention, config, angles), k, v, kv, number)
+    h = h + output(attended, module.attention, h)
+    b = rms_norm(h, module.post_attention_norm.scale[...], config.rms_norm_eps)
+    if hasattr(module, "mlp"):
+        return h + swiglu(b, module.mlp), kv
+    y = moe_decode(b.reshape(-1, b.shape[-1]), module.moe, config, experts_layer)
+    return h + y.reshape(h.shape), kv
 
 
 def _only(x: Float[Array, "B s D"], chosen: Bool[Array, "B s"]) -> Float[Array, "B 1 D"]:
@@ -254,7 +260,7 @@ def _layer(stacked: Params, index: Int[Array, ""], config: ModelConfig, kind: st
     return merge(config, kind, layer), index
 
 
-def _logits(params: Params, config: ModelConfig, h: Float[Array, "B D"]) -> Float[Array, "B v"]:
+def own_logits(params: Params, config: ModelConfig, h: Float[Array, "B D"]) -> Float[Array, "B v"]:
     """Of this device's part of the vocabulary."""
     table = params["embed" if config.tie_word_embeddings else "head"]["weight"]
     return head_logits(h, whole(table, config, (None, "embed")))
