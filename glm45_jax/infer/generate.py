@@ -193,7 +193,7 @@ def _prepare(
     tokenizer: Tokenizer | None,
     options: SamplingOptions,
 ) -> _Batch:
-    rows = [_check_prompt(prompt, i, config) for i, prompt in enumerate(_check_list(prompts))]
+    rows = [check_prompt(prompt, i, config) for i, prompt in enumerate(_check_list(prompts))]
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 0 or more")
     stops = config.eos_token_id if stop_ids is None else stop_ids
@@ -209,7 +209,7 @@ def _prepare(
         "lengths": lengths,
         "limits": limits,
         "stop_ids": np.array(stops + [-1] * (-len(stops) % 8), np.int32),
-        "vocab_size": np.int32(_real_vocab_size(config, tokenizer)),
+        "vocab_size": np.int32(real_vocab_size(config, tokenizer)),
     }
     controls = Controls(sampling=sampling_params(len(rows), config.vocab_size, count, options), **arrays)
     return _Batch(rows, frozenset(stops), tokens, controls, round_up(max(slots, int((lengths + limits).max()))))
@@ -221,7 +221,7 @@ def _check_list(prompts: Any) -> Sequence[Any]:
     return prompts
 
 
-def _check_prompt(prompt: Any, number: int, config: ModelConfig) -> list[int]:
+def check_prompt(prompt: Any, number: int, config: ModelConfig) -> list[int]:
     ids = None if isinstance(prompt, str) else np.asarray(prompt)
     if ids is None or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise UserError(f"prompts[{number}] is not a list of token ids; Tokenizer.encode makes them of text")
@@ -238,7 +238,7 @@ def _check_prompt(prompt: Any, number: int, config: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-def _real_vocab_size(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
+def real_vocab_size(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
     sizes = (config.vocab_size, config.real_vocab_size, tokenizer.vocab_size if tokenizer else None)
     return min(size for size in sizes if size is not None)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import glm45_jax.infer.generate  # noqa: F401
-from glm45_jax.infer import loop
+from glm45_jax.infer import engine, loop, steps
 from tests.support import quick_jit
 
 generate_module = sys.modules["glm45_jax.infer.generate"]  # its name in the package is the function's
@@ -21,4 +21,7 @@ def quick_programs() -> Iterator[None]:
         advance = quick_jit(loop.advance.__wrapped__, static_argnames="config", donate_argnames="state")
         patch.setattr(generate_module, "start", start)
         patch.setattr(generate_module, "advance", advance)
+        read = quick_jit(steps.read.__wrapped__, static_argnames="config", donate_argnames="pages")
+        patch.setattr(engine, "read", read)
+        patch.setattr(engine, "choose", quick_jit(steps.choose.__wrapped__))
         yield

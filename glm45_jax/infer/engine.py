@@ -1,0 +1,392 @@
+"""Many requests at once over one paged cache: continuous batching, prompts in chunks, shared beginnings.
+
+    with Engine(params, config, tokenizer=tokenizer) as engine:
+        request = engine.submit(tokenizer.encode("…"), max_new_tokens=200, temperature=0.7)
+        for delta in request: print(delta.text, end="")
+
+One thread plans steps and gives them to the device without waiting for the one before: while a step runs, the tokens of
+the last one are handed out and the next is planned (`schedule.py`). Steps come in few sizes, compiled at the start;
+afterwards nothing is compiled, which `stats()["compiled_in_service"]` says.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm45_jax.config import ModelConfig
+from glm45_jax.errors import UserError
+from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
+from glm45_jax.infer.pages import Pages
+from glm45_jax.infer.request import Delta, Request
+from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCounts, sampling_params
+from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
+from glm45_jax.infer.steps import Chosen, Reading, Special, choose, read
+from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
+from glm45_jax.model import Params, init_pages
+from glm45_jax.parallel import device_in_force
+from glm45_jax.text import Tokenizer
+
+_LEAST_TOKENS = 16  # of a step that reads prompts
+_FEW_ROWS = 4
+_MOST_BIASES = 1024  # of a request
+_OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How much is served at once."""
+
+    slots: int = 32
+    """Sequences at work at the same time."""
+    cache_tokens: int = 32768
+    """Tokens for which there is room in the cache, of all sequences together."""
+    page_size: int = 16
+    """Tokens of a page; beginnings are shared by whole pages."""
+    step_tokens: int = 256
+    """Tokens that a step reads at most: prompts are cut into chunks of so many."""
+    cache_dtype: str | None = None
+    """Of keys and values; None: as the model computes."""
+    warm_up: bool = True
+    """Compile all sizes of steps at the start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A step that the device has been given."""
+
+    parts: list[Part]
+    requests: list[Request]
+    chosen: Chosen
+
+
+class Engine:
+    """See the module. Close it, or use it as a context: requests that are at work then end first.
+
+    Args:
+      params, config: as `load_checkpoint` gives them; under `jax.set_mesh` the model lies on a mesh.
+      tokenizer: for text, stop strings, and ids that are never chosen.
+
+    Raises:
+      UserError: sizes that do not go together.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        options: EngineOptions | None = None,
+    ):
+        self.config, self.options, self.tokenizer = config, options or EngineOptions(), tokenizer
+        o = self.options
+        for name in ("slots", "cache_tokens", "page_size", "step_tokens"):
+            if getattr(o, name) < 1:
+                raise UserError(f"{name} is {getattr(o, name)}; it must be 1 or more")
+        if o.step_tokens < o.slots:
+            raise UserError(f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}): all decode in one step")
+        self._params, self._mesh = params, jax.sharding.get_mesh()  # a thread has none of its own
+        self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size)
+        self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens)
+        self._width = min(self._pool.count, -(-config.max_position_embeddings // o.page_size))
+        self._vocab_size = np.int32(real_vocab_size(config, tokenizer))
+        self._requests: dict[int, Request] = {}
+        self._inbox: collections.deque[Any] = collections.deque()
+        self._wanted = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._counts = collections.Counter[str]()
+        self._plain = sampling_params(1, config.vocab_size)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="glm45-engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        self._check_alive()
+
+    # --- for callers -----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Seq[int],
+        max_new_tokens: int = 256,
+        *,
+        stop_ids: int | Seq[int] | None = None,
+        stop_strings: str | Seq[str] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Request:
+        """Starts a request; the arguments are those of `generate`, of one prompt.
+
+        Raises:
+          UserError: what `generate` refuses, or a prompt that the cache has no room for.
+        """
+        self._check_alive()
+        tokens = check_prompt(prompt, 0, self.config)
+        room = min(self.config.max_position_embeddings, self._width * self.options.page_size)
+        if len(tokens) >= room:
+            raise UserError(f"a prompt of {len(tokens)} tokens leaves no room in a cache of {room} for an answer")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
+        sampling = sampling_params(1, self.config.vocab_size, None, options)
+        if sampling.bias_ids.shape[1] > _MOST_BIASES:
+            raise UserError(f"logit_bias has more than {_MOST_BIASES} entries")
+        stops = self.config.eos_token_id if stop_ids is None else stop_ids
+        texts = check_stop_strings(stop_strings)
+        if texts and self.tokenizer is None:
+            raise UserError("stop_strings are looked for in text: give the engine its tokenizer")
+        limit = min(int(max_new_tokens), room - len(tokens))
+        sequence = Sequence(len(tokens), tokens, limit, alone=sampling.uses_penalties)
+        ids = frozenset(int(i) for i in np.atleast_1d(np.asarray(stops, np.int64)))
+        text = StoppableText(self.tokenizer, texts) if self.tokenizer else None
+        request = Request(sequence, sampling, ids, text, self._cancel)
+        self._send(request)
+        return request
+
+    def generate_batch(self, prompts: Seq[Seq[int]], max_new_tokens: int = 256, **options: Any) -> list[Generation]:
+        """All prompts' answers, in order; options that are lists have one for each prompt."""
+        of = lambda i: {k: v[i] if isinstance(v, list) and k not in _OF_ALL else v for k, v in options.items()}  # noqa: E731
+        requests = [self.submit(prompt, max_new_tokens, **of(i)) for i, prompt in enumerate(prompts)]
+        return [request.result() for request in requests]
+
+    def update_params(self, params: Params) -> None:
+        """Goes on with other weights of the same shapes; no page that the old ones filled is read any more."""
+        done = threading.Event()
+        self._send((params, done))
+        while not done.wait(0.1):
+            self._check_alive()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts since the start, and how full the engine is now."""
+        pool, scheduler = self._pool, self._scheduler
+        return {
+            **{name: self._counts[name] for name in (
+                "steps", "tokens_read", "tokens_chosen", "finished", "cancelled", "compiled_in_service",
+            )},
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "preempted": scheduler.preempted,
+            "pages": pool.count,
+            "pages_in_use": pool.count - pool.available,
+            "prefix_tokens_asked": pool.asked,
+            "prefix_tokens_found": pool.hits,
+        }  # fmt: skip
+
+    def close(self, *, drain: bool = True) -> None:
+        """Ends the thread; requests at work and waiting are finished first, or else cancelled."""
+        if not drain:
+            for request in [*self._requests.values()]:
+                request.cancel()
+        with self._wanted:
+            self._closing = True
+            self._wanted.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=error is None)
+
+    def _send(self, message: Any) -> None:
+        with self._wanted:
+            if self._closing:
+                raise UserError("the engine is closed")
+            self._inbox.append(message)
+            self._wanted.notify_all()
+
+    def _cancel(self, request: Request) -> None:
+        with self._wanted:
+            self._inbox.append(("cancel", request))
+            self._wanted.notify_all()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise UserError(f"the engine has failed: {self._failure}") from self._failure
+
+    # --- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            mesh = device_in_force(self._params) if self._mesh.empty else jax.set_mesh(self._mesh)
+            with mesh:
+                self._serve()
+        except BaseException as error:  # all who wait must be told
+            self._failure = error
+            for request in [*self._requests.values()]:
+                request.push(Delta(finish_reason="error", error=f"the engine has failed: {error}"))
+            self._requests.clear()
+        finally:
+            self._ready.set()
+            with self._wanted:
+                self._closing = True
+
+    def _serve(self) -> None:
+        dtype = self.options.cache_dtype or self.config.dtype
+        self._pages = init_pages(self.config, self._pool.count, self.options.page_size, dtype)
+        self._last = jnp.zeros(self.options.slots, jnp.int32)
+        if self.options.warm_up:
+            self._warm_up()
+        self._counts.clear()
+        self._ready.set()
+        flying: _Flight | None = None
+        while self._take_messages(idle=flying is None):
+            parts = self._scheduler.plan()
+            now = self._start(parts) if parts else None
+            if flying is not None:
+                self._finish(flying)
+            flying = now
+
+    def _take_messages(self, idle: bool) -> bool:
+        """What callers sent; False when all is done and the engine is to close."""
+        while True:
+            with self._wanted:
+                messages, closing = [*self._inbox], self._closing
+                self._inbox.clear()
+                busy = messages or not idle or self._scheduler.running or self._scheduler.waiting
+                if not busy:
+                    if closing:
+                        return False
+                    self._wanted.wait()
+                    continue
+            for message in messages:
+                self._take(message)
+            return True
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case Request():
+                self._requests[message.sequence.number] = message
+                self._scheduler.add(message.sequence)
+            case ("cancel", request):
+                if request.sequence.number in self._requests:
+                    self._counts["cancelled"] += 1
+                    self._end(request, Delta(finish_reason="cancelled"))
+            case (params, done):
+                self._params = params
+                self._scheduler.begin_anew()
+                done.set()
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _start(self, parts: list[Part]) -> _Flight:
+        requests = [self._requests[part.sequence.number] for part in parts]
+        total = sum(part.count for part in parts)
+        rows, tokens = self._size(len(parts), total)
+        arrays = arrays_of(parts, rows, tokens, self._width, self.options.slots)
+        chosen = self._step(arrays, *self._sampling(requests, rows))
+        self._counts["steps"] += 1
+        self._counts["tokens_read"] += total
+        return _Flight(parts, requests, chosen)
+
+    def _step(self, arrays: dict[str, np.ndarray], sampling: SamplingParams, special: Special | None) -> Chosen:
+        before = read._cache_size() + choose._cache_size()  # pyright: ignore
+        to_slot = arrays.pop("to_slot")
+        logits, self._pages = read(self._params, self.config, self._pages, self._last, Reading(**arrays))
+        chosen = choose(logits, self._last, sampling, arrays["lengths"], to_slot, self._vocab_size, special)
+        self._last = chosen.last
+        self._counts["compiled_in_service"] += read._cache_size() + choose._cache_size() - before  # pyright: ignore
+        return chosen
+
+    def _sampling(self, requests: list[Request], rows: int) -> tuple[SamplingParams, Special | None]:
+        """Settings of the rows, and with them what only some need, where any does."""
+        each = [request.sampling for request in requests] + [self._plain] * (rows - len(requests))
+        special = any(s.bias_ids.shape[1] or s.uses_penalties for s in each)
+        width = _MOST_BIASES if special else 0
+        wide = lambda x, fill: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)  # noqa: E731
+        fields = {}
+        for field in dataclasses.fields(SamplingParams):
+            values = [getattr(s, field.name) for s in each]
+            if field.name in ("bias_ids", "bias_values"):
+                fill = self.config.vocab_size if field.name == "bias_ids" else 0
+                values = [wide(x, fill) for x in values]
+            fields[field.name] = np.concatenate(values)
+        return SamplingParams(**fields), self._special(requests, rows) if special else None
+
+    def _special(self, requests: list[Request], rows: int) -> Special:
+        shape = rows, self.config.vocab_size
+        in_prompt, in_answer = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        for row, request in enumerate(requests):
+            if request.sampling.uses_penalties:  # all tokens are known: such a sequence is alone
+                sequence = request.sequence
+                in_prompt[row, sequence.tokens[: sequence.prompt_length]] = True
+                np.add.at(in_answer[row], sequence.tokens[sequence.prompt_length :], 1)
+        words = -(-self.config.vocab_size // 32)
+        return Special(TokenCounts(in_prompt, in_answer), np.full((rows, words), 0xFFFFFFFF, np.uint32))
+
+    def _finish(self, flight: _Flight) -> None:
+        """Hands out what a step has chosen; waits for it."""
+        tokens, logprobs = np.asarray(flight.chosen.tokens), np.asarray(flight.chosen.logprobs)
+        for row, (part, request) in enumerate(zip(flight.parts, flight.requests)):
+            if part.chooses and not part.sequence.ended:
+                self._counts["tokens_chosen"] += 1
+                self._scheduler.put(part.sequence, int(tokens[row]))
+                self._hand_out(request, int(tokens[row]), float(logprobs[row]))
+
+    def _hand_out(self, request: Request, token: int, logprob: float) -> None:
+        if math.isnan(logprob):
+            why = "the model's logits are not numbers; the checkpoint is damaged, or the dtype too narrow"
+            return self._end(request, Delta(finish_reason="error", error=why))
+        request.logprobs.append(logprob)
+        sequence, text, piece = request.sequence, request.text, ""
+        stopped = token in request.stop_ids
+        if text is not None and not stopped:
+            piece = text.push(token)
+            stopped = text.stopped
+        if stopped or len(sequence.tokens) - sequence.prompt_length >= sequence.limit:
+            piece += text.finish() if text is not None else ""
+            delta = Delta((token,), (logprob,), piece, "stop" if stopped else "length")
+            self._counts["finished"] += 1
+            return self._end(request, delta)
+        request.push(Delta((token,), (logprob,), piece))
+        return None
+
+    def _end(self, request: Request, delta: Delta) -> None:
+        self._scheduler.end(request.sequence)
+        del self._requests[request.sequence.number]
+        request.push(delta)
+
+    # --- sizes -----------------------------------------------------------------------------------------------------
+
+    def _size(self, rows: int, tokens: int) -> tuple[int, int]:
+        """Rows and tokens of the program that a step takes."""
+        n, r = min((n, r) for r, n in self._sizes() if r >= rows and n >= tokens)
+        return r, n
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """For decoding as many tokens as rows; for prompts few rows or all."""
+        slots, most = self.options.slots, self.options.step_tokens
+        for rows in _doubling(1, slots):
+            yield rows, rows
+        for tokens in _doubling(max(_LEAST_TOKENS, 1), most):
+            for rows in sorted({min(_FEW_ROWS, slots), slots}):
+                if tokens > rows or tokens == most:
+                    yield rows, tokens
+
+    def _warm_up(self) -> None:
+        for rows, tokens in self._sizes():
+            for special in (False, True):
+                arrays = arrays_of([], rows, tokens, self._width, self.options.slots)
+                sampling, _ = self._sampling([], rows)
+                if special:
+                    fill = {"bias_ids": self.config.vocab_size, "bias_values": 0}
+                    wide = {k: np.full((rows, _MOST_BIASES), v, getattr(sampling, k).dtype) for k, v in fill.items()}
+                    sampling = dataclasses.replace(sampling, **wide)
+                self._step(arrays, sampling, self._special([], rows) if special else None)
+        jax.block_until_ready(self._pages)
+
+
+def _doubling(first: int, last: int) -> Iterator[int]:
+    """Powers of two times `first` below `last`, and `last`."""
+    while first < last:
+        yield first
+        first *= 2
+    yield last

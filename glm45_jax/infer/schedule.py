@@ -1,0 +1,229 @@
+"""Which tokens of which sequences a step reads: prompts in chunks and decoding sequences side by side.
+
+A step is planned before the one before it has ended: what a sequence's last token will be is not known then, only that
+there will be one. It stays on the device, in the sequence's slot, from where the next step takes it. A step that was
+planned for a sequence that turns out to have ended is in vain; what it wrote no one reads.
+
+Every step decodes all sequences that can go on, and fills up with prompts, first come, first served. Where a sequence
+finds no page for its next token, the one that came last gives its pages back and begins anew, with its answer so far,
+when there is room. Those that came first go on, so that all come to an end.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
+from glm45_jax.infer.pages import Pages, digests_of
+
+_NOWHERE = -1
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A prompt and its answer on the way.
+
+    Attributes:
+      limit: tokens of the answer at most.
+      tokens: prompt and answer, as far as they are known.
+      pending: tokens that have been planned and are not known yet.
+      cached: tokens whose keys and values are in pages, or will be by the steps planned so far.
+      alone: nothing is planned ahead: how a token is chosen depends on the one before (penalties, grammars).
+    """
+
+    prompt_length: int
+    tokens: list[int]
+    limit: int
+    alone: bool = False
+    pending: int = 0
+    cached: int = 0
+    slot: int = _NOWHERE
+    pages: list[int] = dataclasses.field(default_factory=list)
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+    registered: int = 0
+    ended: bool = False
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer, those to come of planned steps included."""
+        return len(self.tokens) + self.pending - self.prompt_length
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model has yet to read."""
+        return len(self.tokens) + self.pending - self.cached
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a step reads of one sequence, and whether it then chooses the token after it."""
+
+    sequence: Sequence
+    first: int
+    count: int
+    chooses: bool
+
+
+class Scheduler:
+    """Sequences that wait and sequences at work, over `pages`, in `slots` at a time.
+
+    Attributes:
+      preempted: how often a sequence had to begin anew.
+    """
+
+    def __init__(self, pages: Pages, slots: int, tokens: int):
+        self.pages, self.most_tokens = pages, tokens
+        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.running: list[Sequence] = []  # by number: first come, first served
+        self.preempted = 0
+        self._slots = list(range(slots - 1, -1, -1))
+
+    def add(self, sequence: Sequence) -> None:
+        if not sequence.ended:
+            self.waiting.append(sequence)
+
+    def plan(self) -> list[Part]:
+        """The parts of the next step; none where nothing can go on now."""
+        parts: list[Part] = []
+        room, crowded = self.most_tokens, False
+        for sequence in sorted(self.running, key=lambda s: s.unread > 1):  # those that decode first
+            if sequence.slot == _NOWHERE or room == 0 or not self._goes_on(sequence):
+                continue
+            count = min(sequence.unread, room)
+            if self._make_room(sequence, count, parts):
+                parts.append(self._part(sequence, count))
+                room -= count
+            else:
+                crowded = True
+        while room and self.waiting and self._slots and not crowded and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            count = min(sequence.unread, room)
+            assert self._extend(sequence, count), "admitted without pages"
+            parts.append(self._part(sequence, count))
+            room -= count
+        return parts
+
+    def put(self, sequence: Sequence, token: int) -> None:
+        """A planned token is known now."""
+        sequence.tokens.append(token)
+        sequence.pending -= 1
+        self._register(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence is done, or no longer wanted: its pages are for others."""
+        sequence.ended = True
+        if sequence in self.running:
+            self._leave(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def begin_anew(self) -> None:
+        """All sequences at work read their tokens again, and no page is shared: the weights have changed."""
+        for sequence in reversed([*self.running]):
+            self._preempt(sequence)
+        self.pages.forget_all()
+
+    # --- what a sequence needs -------------------------------------------------------------------------------------
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        if sequence.unread == 0 or sequence.answered >= sequence.limit:
+            return False
+        return sequence.pending == 0 or (sequence.pending == 1 and not sequence.alone)
+
+    def _part(self, sequence: Sequence, count: int) -> Part:
+        first = sequence.cached
+        sequence.cached += count
+        chooses = sequence.unread == 0
+        sequence.pending += chooses
+        return Part(sequence, first, count, chooses)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """A slot, and the pages of a known beginning; what is left must find room besides one page for each at work."""
+        if sequence.pending:  # of a step before it was preempted: first the token has to be known
+            return False
+        size = self.pages.page_size
+        sequence.digests = digests_of(
+            sequence.tokens[:-1], size, sequence.digests[: (len(sequence.tokens) - 1) // size]
+        )
+        found = self.pages.find(sequence.digests)
+        needed = -(-len(sequence.tokens) // size) - len(found)
+        if self.running and needed + len(self.running) > self.pages.available:
+            self.pages.release(found)
+            return False
+        sequence.pages, sequence.cached, sequence.registered = found, len(found) * size, len(found)
+        sequence.slot = self._slots.pop()
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.number)
+        return True
+
+    def _extend(self, sequence: Sequence, count: int) -> bool:
+        """Pages for `count` more tokens."""
+        needed = -(-(sequence.cached + count) // self.pages.page_size) - len(sequence.pages)
+        taken = self.pages.take(needed) if needed > 0 else []
+        sequence.pages += taken or []
+        return taken is not None
+
+    def _make_room(self, sequence: Sequence, count: int, parts: list[Part]) -> bool:
+        """`_extend`, at the cost of those that came later; False where the sequence has to wait."""
+        planned = {part.sequence.number for part in parts}
+        while not self._extend(sequence, count):
+            last = next(s for s in reversed(self.running) if s.number not in planned)
+            if last.number < sequence.number:
+                return False
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preempted += 1
+        self._leave(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        self.pages.release(sequence.pages)
+        sequence.pages, sequence.cached, sequence.slot, sequence.registered = [], 0, _NOWHERE, 0
+
+    def _register(self, sequence: Sequence) -> None:
+        """Pages full of known tokens can be found from now on."""
+        size = self.pages.page_size
+        full = min(sequence.cached, len(sequence.tokens)) // size
+        if full > sequence.registered and sequence.slot != _NOWHERE:
+            sequence.digests = digests_of(sequence.tokens[: full * size], size, sequence.digests)
+            for at in range(sequence.registered, full):
+                self.pages.know(sequence.pages[at], sequence.digests[at])
+            sequence.registered = full
+
+
+def arrays_of(parts: Iterable[Part], rows: int, tokens: int, width: int, slots: int) -> dict[str, np.ndarray]:
+    """A step's parts as arrays for `rows` rows, `tokens` tokens and page tables `width` wide.
+
+    Returns:
+      tokens [N], and from_slot [N]: the slot whose last token stands there, -1 where `tokens` has it; starts [R + 1],
+      lengths [R], page_table [R, P], num_rows; to_slot [R]: where the chosen token goes, `slots` for nowhere.
+    """
+    out = {
+        "tokens": np.zeros(tokens, np.int32), "from_slot": np.full(tokens, -1, np.int32),
+        "starts": np.zeros(rows + 1, np.int32), "lengths": np.zeros(rows, np.int32),
+        "page_table": np.zeros((rows, width), np.int32), "to_slot": np.full(rows, slots, np.int32),
+    }  # fmt: skip
+    at = row = 0
+    for row, part in enumerate(parts, 1):
+        sequence, end = part.sequence, at + part.count
+        known = sequence.tokens[part.first : part.first + part.count]
+        out["tokens"][at : at + len(known)] = known
+        out["from_slot"][at + len(known) : end] = sequence.slot
+        out["starts"][row:] = end
+        out["lengths"][row - 1] = part.first + part.count
+        out["page_table"][row - 1, : len(sequence.pages)] = sequence.pages
+        if part.chooses:
+            out["to_slot"][row - 1] = sequence.slot
+        at = end
+    return {**out, "num_rows": np.int32(row)}

@@ -1,0 +1,214 @@
+"""The engine's answers are those of `generate`, whatever is served beside them, and it gives everything back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from glm45_jax.errors import UserError
+from glm45_jax.infer import Engine, EngineOptions, generate_detailed
+from glm45_jax.text import train_tokenizer
+from tests.support import random_params, small_config
+
+CONFIG = small_config(num_hidden_layers=2, eos_token_id=(94, 95))
+SMALL = EngineOptions(slots=4, cache_tokens=256, page_size=4, step_tokens=32, cache_dtype="float32")
+UNPREPARED = EngineOptions(slots=2, cache_tokens=64, step_tokens=16, cache_dtype="float32", warm_up=False)
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.5, "presence_penalty": 0.4, "frequency_penalty": 0.3}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def engine(params):
+    with Engine(params, CONFIG, options=SMALL) as engine:
+        yield engine
+        stats = engine.stats()
+    assert stats["compiled_in_service"] == 0
+    assert engine.stats()["pages_in_use"] == engine.stats()["running"] == engine.stats()["waiting"] == 0
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Some with a common beginning."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 90, 24).tolist()
+    return [base[: rng.integers(0, 24)] + rng.integers(0, 90, rng.integers(1, 12)).tolist() for _ in range(count)]
+
+
+def same(found, wanted) -> None:
+    assert (found.prompt, found.answer, found.finish_reason) == (wanted.prompt, wanted.answer, wanted.finish_reason)
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
+
+
+def test_many_at_once_are_as_one_by_one(params, engine):
+    asked = prompts(17)
+    wanted = generate_detailed(params, CONFIG, asked, 14)
+    for found, one in zip(engine.generate_batch(asked, 14), wanted):
+        same(found, one)
+    order = random.Random(1).sample(range(17), 17)  # pages of the first time are found now
+    for found, i in zip(engine.generate_batch([asked[i] for i in order], 14), order):
+        same(found, wanted[i])
+    assert engine.stats()["prefix_tokens_found"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": [0.7, 1.0, 1.3], "seed": [3, 4, 5]},
+        {"temperature": 0.9, "top_k": [0, 5, 3], "top_p": [0.9, 1.0, 0.5], "seed": [1, 1, 1]},
+        {**PENALTIES, "temperature": [0.0, 1.0, 0.0], "seed": [1, 2, 3]},
+        {"logit_bias": [{7: -math.inf, 3: 2.5}, None, {50: 100.0}]},
+        {"stop_ids": []},
+    ],
+    ids=["drawn", "filtered", "penalties", "bias", "no-stop"],
+)
+def test_every_way_of_choosing(params, engine, options):
+    asked = prompts(3, seed=2)
+    for found, wanted in zip(
+        engine.generate_batch(asked, 9, **options), generate_detailed(params, CONFIG, asked, 9, **options)
+    ):
+        same(found, wanted)
+
+
+@pytest.mark.parametrize("pages", [14, 20])
+def test_little_room_makes_requests_begin_anew(params, pages):
+    small = EngineOptions(
+        slots=4, cache_tokens=pages * 4, page_size=4, step_tokens=32, cache_dtype="float32", warm_up=False
+    )
+    asked = prompts(9, seed=3)
+    with Engine(params, CONFIG, options=small) as engine:
+        for found, wanted in zip(engine.generate_batch(asked, 18), generate_detailed(params, CONFIG, asked, 18)):
+            same(found, wanted)
+    stats = engine.stats()
+    assert stats["pages_in_use"] == 0 and stats["finished"] == 9 and (stats["preempted"] > 0 or pages > 14)
+
+
+def test_a_cancelled_request_leaves_nothing_behind(engine):
+    before = engine.stats()["cancelled"]
+    requests = [engine.submit(prompt, 150, stop_ids=[]) for prompt in prompts(6, seed=4)]
+    first = next(iter(requests[0]))
+    for request in requests:
+        request.cancel()
+        request.cancel()
+    assert len(first.tokens) == 1
+    for request in requests:
+        request.result(60)
+        assert request.finish_reason == "cancelled"
+    assert engine.stats()["cancelled"] == before + 6
+    (answer,) = engine.generate_batch(prompts(1), 3)
+    assert len(answer.answer) == 3
+
+
+def test_deltas_come_to_threads_and_event_loops(engine):
+    asked = prompts(4, seed=5)
+    wanted = [g.answer for g in engine.generate_batch(asked, 11)]
+    results: list[list[int]] = [[] for _ in asked]
+
+    def listen(i):
+        results[i] = [t for delta in engine.submit(asked[i], 11) for t in delta.tokens]
+
+    threads = [threading.Thread(target=listen, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+
+    async def hear(i):
+        results[i] = [t async for delta in engine.submit(asked[i], 11) for t in delta.tokens]
+
+    async def both():
+        await asyncio.gather(hear(2), hear(3))
+
+    asyncio.run(both())
+    for thread in threads:
+        thread.join()
+    assert results == wanted
+
+
+def test_other_weights_are_in_force_at_once(params, engine):
+    asked = prompts(3, seed=6)
+    before = [g.answer for g in engine.generate_batch(asked, 8)]
+    other = jax.tree.map(lambda x: x[..., ::-1] if x.ndim > 1 else x, params)
+    try:
+        engine.update_params(other)
+        for found, wanted in zip(engine.generate_batch(asked, 8), generate_detailed(other, CONFIG, asked, 8)):
+            same(found, wanted)
+    finally:
+        engine.update_params(params)
+    assert [g.answer for g in engine.generate_batch(asked, 8)] == before
+
+
+def test_text_and_stop_strings():
+    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+    config = small_config(num_hidden_layers=2, vocab_size=384, eos_token_id=tokenizer.eos_ids)
+    params, asked = random_params(config), [tokenizer.encode(text) for text in ("the cat", "a dog sat", "on")]
+    with Engine(params, config, tokenizer=tokenizer, options=UNPREPARED) as engine:
+        texts = [g.text for g in engine.generate_batch(asked, 12, temperature=1.0, seed=5)]
+        stop = next(text for text in texts if len(text) > 4)[2:4]
+        how: Any = {"stop_strings": [stop, "the dog"], "temperature": 1.0, "seed": 5, "tokenizer": tokenizer}
+        wanted = [generate_detailed(params, config, [prompt], 12, **how)[0] for prompt in asked]
+        del how["tokenizer"]
+        for prompt, one in zip(asked, wanted):
+            request = engine.submit(prompt, 12, **how)
+            assert "".join(delta.text for delta in request) == one.text
+            same(request.result(), one)
+        assert any(one.finish_reason == "stop" for one in wanted)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "is empty"),
+        ([1000], {}, "holds token 1000"),
+        ([1] * 300, {}, "leaves no room"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([1], {"temperature": -1.0}, "temperature is -1"),
+        ([1], {"stop_strings": "x"}, "give the engine its tokenizer"),
+    ],
+)
+def test_bad_requests_are_refused(engine, prompt, options, message):
+    with pytest.raises(UserError, match=message):
+        engine.submit(prompt, **options)
+
+
+def test_sizes_must_go_together(params):
+    with pytest.raises(UserError, match="step_tokens"):
+        Engine(params, CONFIG, options=EngineOptions(slots=8, step_tokens=4))
+    with pytest.raises(UserError, match="page_size is 0"):
+        Engine(params, CONFIG, options=EngineOptions(page_size=0))
+
+
+def test_a_failure_is_told_to_all(params):
+    engine = Engine(params, CONFIG, options=UNPREPARED)
+    engine._start = lambda parts: 1 / 0  # type: ignore[assignment]
+    request = engine.submit([1, 2], 4)
+    with pytest.raises(UserError, match="the engine has failed: division by zero"):
+        request.result(60)
+    with pytest.raises(UserError, match="the engine"):
+        engine.submit([1, 2], 4)
+    engine.close()
+
+
+def test_weights_that_are_not_numbers_end_the_request_alone(params):
+    broken = jax.tree.map(lambda x: x * math.nan, params)
+    with Engine(broken, CONFIG, options=UNPREPARED) as engine:
+        with pytest.raises(UserError, match="not numbers"):
+            engine.submit([1, 2], 4).result(60)
+        engine.update_params(params)
+        assert len(engine.submit([1, 2], 4, stop_ids=[]).result(60).answer) == 4
+
+
+def test_close_finishes_what_was_asked(params):
+    engine = Engine(params, CONFIG, options=UNPREPARED)
+    requests = [engine.submit([1, 2 + i], 6, stop_ids=[]) for i in range(5)]
+    engine.close()
+    assert [len(r.result(0).answer) for r in requests] == [6] * 5
+    with pytest.raises(UserError, match="closed"):
+        engine.submit([1], 1)

@@ -1,0 +1,151 @@
+"""Sequences over pages, with a model that is a hash of what it reads: what it reads must be the sequence, always."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm45_jax.infer.pages import Pages, digests_of
+from glm45_jax.infer.schedule import Scheduler, Sequence, arrays_of
+
+
+def after(tokens: list[int]) -> int:
+    """What the model says comes after these tokens."""
+    return zlib.crc32(np.asarray(tokens, np.int32).tobytes()) % 5
+
+
+def answer(prompt: list[int], limit: int) -> list[int]:
+    tokens = [*prompt]
+    for _ in range(limit):
+        tokens.append(after(tokens))
+        if tokens[-1] == 0:
+            break
+    return tokens
+
+
+class Device:
+    """Runs steps one after another, as arrays say, and gives what was chosen."""
+
+    def __init__(self, pages: int, size: int, slots: int, width: int):
+        self.memory = np.full((pages, size), -9)
+        self.last = np.full(slots + 1, -9)
+        self.size, self.slots, self.width = size, slots, width
+
+    def run(self, parts) -> list[int]:
+        total = sum(p.count for p in parts)
+        a = arrays_of(parts, len(parts) + 2, total + 3, self.width, self.slots)
+        tokens = np.where(a["from_slot"] >= 0, self.last[a["from_slot"]], a["tokens"])
+        chosen = []
+        rows = [(a["starts"][r], a["starts"][r + 1], a["lengths"][r], a["page_table"][r]) for r in range(a["num_rows"])]
+        for start, end, length, table in rows:  # all is written before anything is read
+            for i, place in enumerate(range(length - (end - start), length)):
+                self.memory[table[place // self.size], place % self.size] = tokens[start + i]
+        for row, (_, _, length, table) in enumerate(rows):
+            read = [int(self.memory[table[p // self.size], p % self.size]) for p in range(length)]
+            chosen.append(after(read))
+            self.last[a["to_slot"][row]] = chosen[-1]
+        return chosen
+
+
+def serve(prompts, limits, arrivals, *, pages, size, slots, tokens, alone=(), cancel=None, renew=None):
+    """Plans one step ahead, as the engine does. Returns the sequences, the scheduler, steps taken."""
+    pool = Pages(pages, size)
+    scheduler, device = Scheduler(pool, slots, tokens), Device(pages, size, slots, pages)
+    sequences = [Sequence(len(p), [*p], n, alone=i in alone) for i, (p, n) in enumerate(zip(prompts, limits))]
+    flying, steps, unborn = None, 0, sorted(range(len(prompts)), key=lambda i: arrivals[i])
+    while unborn or flying or scheduler.waiting or scheduler.running:
+        while unborn and arrivals[unborn[0]] <= steps:
+            scheduler.add(sequences[unborn.pop(0)])
+        if cancel and steps == cancel[0]:
+            scheduler.end(sequences[cancel[1]])
+        if steps == renew:
+            scheduler.begin_anew()
+        parts = scheduler.plan()
+        chosen = device.run(parts) if parts else []
+        for part, token in zip(*(flying or ((), ()))):
+            if part.chooses and not part.sequence.ended:
+                scheduler.put(part.sequence, token)
+                if token == 0 or len(part.sequence.tokens) - part.sequence.prompt_length >= part.sequence.limit:
+                    scheduler.end(part.sequence)
+        flying = (parts, chosen) if parts else None
+        steps += 1
+        assert steps < 5000, "a deadlock"
+    assert pool.available == pages, "a page was not given back"
+    return sequences, scheduler, steps
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_all_answers_are_those_of_the_model(data):
+    draw, whole = data.draw, st.integers
+    count = draw(whole(1, 7))
+    size, tokens = draw(whole(1, 5)), draw(whole(1, 12))
+    bases = [draw(st.lists(whole(0, 4), min_size=1, max_size=14)) for _ in range(2)]
+    prompts = [
+        draw(st.sampled_from(bases))[: draw(whole(1, 14))] + draw(st.lists(whole(0, 4), max_size=3))
+        for _ in range(count)
+    ]
+    limits = [draw(whole(1, 9)) for _ in range(count)]
+    most = max(-(-(len(p) + n) // size) for p, n in zip(prompts, limits))
+    cancel = (draw(whole(0, 9)), draw(whole(0, count - 1))) if draw(st.booleans()) else None
+    sequences, _, _ = serve(
+        prompts, limits, [draw(whole(0, 6)) for _ in prompts], pages=most + draw(whole(0, 8)), size=size,
+        slots=draw(whole(1, 4)), tokens=tokens, alone=draw(st.sets(whole(0, count - 1))), cancel=cancel,
+        renew=draw(st.none() | whole(0, 8)),
+    )  # fmt: skip
+    for i, (sequence, prompt, limit) in enumerate(zip(sequences, prompts, limits)):
+        want = answer(prompt, limit)
+        assert sequence.tokens == want or (
+            cancel and cancel[1] == i and sequence.tokens == want[: len(sequence.tokens)]
+        )
+
+
+def test_a_beginning_is_read_once():
+    prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1]
+    sequences, scheduler, _ = serve(
+        [prompt, [*prompt, 2], prompt[:8]], [3, 3, 3], [0, 5, 9], pages=20, size=4, slots=2, tokens=64
+    )
+    assert scheduler.pages.asked == (2 + 2 + 1) * 4 and scheduler.pages.hits == (2 + 1) * 4
+    assert [s.tokens for s in sequences] == [answer(p, 3) for p in (prompt, [*prompt, 2], prompt[:8])]
+
+
+def test_what_was_unused_longest_is_forgotten_first_and_ends_before_beginnings():
+    pages = Pages(4, 2)
+    digests = digests_of([1, 2, 3, 4, 5, 6], 2)
+    taken = pages.take(3)
+    for page, digest in zip(taken, digests):
+        pages.know(page, digest)
+    pages.release(taken)
+    assert pages.available == 4 and pages.take(5) is None
+    other = pages.take(2)  # the free one, and the last of the three
+    assert pages.find(digests) == taken[:2]
+    assert taken[2] in other
+    pages.release(taken[:2])
+    pages.forget_all()
+    assert pages.find(digests) == [] and pages.available == 2
+
+
+def test_decoding_goes_on_beside_a_long_prompt():
+    prompts = [[3, 1], [2] * 60]
+    scheduler = Scheduler(Pages(80, 2), 4, 8)
+    sequences = [Sequence(len(p), [*p], 30) for p in prompts]
+    scheduler.add(sequences[0])
+    scheduler.put(scheduler.plan()[0].sequence, 1)
+    scheduler.add(sequences[1])
+    for _ in range(7):
+        parts = {p.sequence: p.count for p in scheduler.plan()}
+        assert parts == {sequences[0]: 1, sequences[1]: 7}
+        scheduler.put(sequences[0], 1)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_nothing_is_planned_ahead_of_one_that_is_alone(alone):
+    scheduler = Scheduler(Pages(8, 2), 1, 8)
+    scheduler.add(Sequence(2, [1, 2], 9, alone=alone))
+    assert len(scheduler.plan()) == 1
+    assert len(scheduler.plan()) == (not alone)
+    assert not scheduler.plan()  # never two ahead
