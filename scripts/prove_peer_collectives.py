@@ -7,7 +7,8 @@ MaxText compiles its own training step (`train_compile`, no device needed) in it
 four layers, not scanned; a layer is half of what four have more than two. The model is MaxText's Qwen3-MoE with the
 widths, experts, heads and vocabulary of GLM-4.5: every layer routed, neither shared expert nor MTP layer, so that it
 sends less for weights than GLM-4.5 must. 256 chips as fsdp 16 x expert 16. A compilation takes about 4 minutes of one
-core and 3 GB.
+core and 3 GB. Beside it stands the step of this project, counted by `glm45 plan train --no-compile` on the same mesh
+and on the one that docs/plans.md has.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ GLM = get_preset("glm-4.5")
 MESH = {"fsdp": 16, "expert": 16}
 SEQ_LEN, BATCH = 4096, 4  # of a device
 LAYERS = (2, 4)
+OUR_MESHES = ("fsdp=16,expert=16", "fsdp=64,expert=4")
 
 # What MaxText's train_compile is told besides the number of layers.
 SETTINGS: dict[str, Any] = {
@@ -130,11 +134,43 @@ def main(proof: Proof) -> None:
             few, many = (count(compiled_text(proof.python, folder, name, more, n)) for n in LAYERS)
             figures["variants"][name] = {"settings": more, **by_layer(few, many)}
             console.print(json.dumps(figures["variants"][name]["per_layer"]["total"]))
+    figures["step"] = {
+        "torus": "bytes of a whole step that a device puts on the links; theirs with GLM-4.5's number of layers",
+        "theirs": {name: whole_step(variant) for name, variant in figures["variants"].items()},
+        "ours": {mesh: our_step(mesh) for mesh in OUR_MESHES},
+    }
     print(text := json.dumps(figures, indent=1))
     if proof.json is not None:
         new = proof.json.with_name(proof.json.name + ".partial")
         new.write_text(text + "\n")
         new.replace(proof.json)
+
+
+def whole_step(variant: dict[str, Any]) -> float:
+    layer, beside = (variant[part]["total"]["torus"] for part in ("per_layer", "beside_the_layers"))
+    return GLM.num_hidden_layers * layer + beside
+
+
+def our_step(mesh: str) -> dict[str, float]:
+    """Bytes on the links of each axis, and of all."""
+    sizes = ("--seq-len", str(SEQ_LEN), "--batch-size", str(BATCH * math.prod(MESH.values())))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        how = (
+            "--model",
+            "glm-4.5",
+            "--slice",
+            "v5p:8x8x4",
+            "--mesh",
+            mesh,
+            *sizes,
+            "--no-compile",
+            "--json",
+            str(file),
+        )
+        run(sys.executable, "-m", "glm45_jax", "plan", "train", *how, cwd=Path(__file__).parents[1])
+        sent = json.loads(file.read_text())["collective_bytes"]
+    return {**sent, "all": sum(sent.values())}
 
 
 def compiled_text(python: str, folder: Path, name: str, more: dict[str, Any], layers: int) -> str:

@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any, Unpack
@@ -25,12 +26,13 @@ import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
+from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.pages import Pages
 from glm45_jax.infer.request import Delta, Request
 from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCounts, sampling_params
 from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
-from glm45_jax.infer.steps import Chosen, Reading, Special, choose, read
+from glm45_jax.infer.steps import Chosen, Drafted, Reading, Special, choose, draft, read
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
 from glm45_jax.model import Params, init_pages
 from glm45_jax.parallel import device_in_force
@@ -39,6 +41,7 @@ from glm45_jax.text import Tokenizer
 _LEAST_TOKENS = 16  # of a step that reads prompts
 _FEW_ROWS = 4
 _MOST_BIASES = 1024  # of a request
+_FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
 
@@ -54,6 +57,8 @@ class EngineOptions:
     """Tokens of a page; beginnings are shared by whole pages."""
     step_tokens: int = 256
     """Tokens that a step reads at most: prompts are cut into chunks of so many."""
+    drafts: int = 0
+    """Tokens that the MTP layer drafts ahead of each sequence, where it pays; answers stay the same."""
     cache_dtype: str | None = None
     """Of keys and values; None: as the model computes."""
     warm_up: bool = True
@@ -66,7 +71,10 @@ class _Flight:
 
     parts: list[Part]
     requests: list[Request]
+    rows: int
     chosen: Chosen
+    drafted: Drafted | None
+    began: float
 
 
 class Engine:
@@ -95,9 +103,16 @@ class Engine:
                 raise UserError(f"{name} is {getattr(o, name)}; it must be 1 or more")
         if o.step_tokens < o.slots:
             raise UserError(f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}): all decode in one step")
+        if o.drafts and not config.has_mtp:
+            raise UserError("this model has no MTP layer to draft with: set drafts to 0")
+        if o.drafts < 0 or o.slots * (1 + o.drafts) > o.step_tokens:
+            raise UserError(
+                f"drafts is {o.drafts}: step_tokens ({o.step_tokens}) must be at least slots times (1 + drafts)"
+            )
         self._params, self._mesh = params, jax.sharding.get_mesh()  # a thread has none of its own
         self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size)
-        self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens)
+        self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens, o.drafts)
+        self._drafting = Drafting(o.drafts)
         self._width = min(self._pool.count, -(-config.max_position_embeddings // o.page_size))
         self._vocab_size = np.int32(real_vocab_size(config, tokenizer))
         self._requests: dict[int, Request] = {}
@@ -106,6 +121,7 @@ class Engine:
         self._closing = False
         self._failure: BaseException | None = None
         self._counts = collections.Counter[str]()
+        self._finished_at = 0.0
         self._plain = sampling_params(1, config.vocab_size)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="glm45-engine", daemon=True)
@@ -176,6 +192,8 @@ class Engine:
             "preempted": scheduler.preempted,
             "pages": pool.count,
             "pages_in_use": pool.count - pool.available,
+            "drafts_given": self._drafting.given,
+            "drafts_accepted": self._drafting.accepted,
             "prefix_tokens_asked": pool.asked,
             "prefix_tokens_found": pool.hits,
         }  # fmt: skip
@@ -231,7 +249,7 @@ class Engine:
 
     def _serve(self) -> None:
         dtype = self.options.cache_dtype or self.config.dtype
-        self._pages = init_pages(self.config, self._pool.count, self.options.page_size, dtype)
+        self._pages = init_pages(self.config, self._pool.count + 1, self.options.page_size, dtype)  # one to spare
         self._last = jnp.zeros(self.options.slots, jnp.int32)
         if self.options.warm_up:
             self._warm_up()
@@ -239,6 +257,7 @@ class Engine:
         self._ready.set()
         flying: _Flight | None = None
         while self._take_messages(idle=flying is None):
+            self._weigh_drafts()
             parts = self._scheduler.plan()
             now = self._start(parts) if parts else None
             if flying is not None:
@@ -264,8 +283,7 @@ class Engine:
     def _take(self, message: Any) -> None:
         match message:
             case Request():
-                self._requests[message.sequence.number] = message
-                self._scheduler.add(message.sequence)
+                self._begin(message)
             case ("cancel", request):
                 if request.sequence.number in self._requests:
                     self._counts["cancelled"] += 1
@@ -275,26 +293,58 @@ class Engine:
                 self._scheduler.begin_anew()
                 done.set()
 
+    def _begin(self, request: Request) -> None:
+        sequence, scheduler = request.sequence, self._scheduler
+        if not sequence.alone and self._drafting.begins_with_drafts(self._rows(len(scheduler.running) + 1)):
+            sequence.drafting, sequence.salt = True, b"drafts"
+        self._requests[sequence.number] = request
+        scheduler.add(sequence)
+
+    def _weigh_drafts(self) -> None:
+        """Ends drafting where it does not pay; for good, since the MTP layer will not have read what comes now."""
+        running = [s for s in self._scheduler.running if s.drafting]
+        if running and not self._drafting.pays(self._rows(len(self._scheduler.running))):
+            for sequence in running:
+                if sequence.answered > _FAIR_TRIAL and not sequence.pending:  # else its last token may be a draft
+                    sequence.drafting, sequence.drafts = False, []
+        self._scheduler.most_drafts = self._drafting.worth_reading
+
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _start(self, parts: list[Part]) -> _Flight:
+        began = time.monotonic()
         requests = [self._requests[part.sequence.number] for part in parts]
-        total = sum(part.count for part in parts)
-        rows, tokens = self._size(len(parts), total)
-        arrays = arrays_of(parts, rows, tokens, self._width, self.options.slots)
-        chosen = self._step(arrays, *self._sampling(requests, rows))
+        total, most = sum(part.size for part in parts), self.options.drafts
+        most = most if any(part.sequence.drafting for part in parts) else 0
+        rows, tokens = self._size(len(parts), total, most)
+        sampling, special = self._sampling(requests, rows)
+        chosen, drafted = self._step(self._reading(parts, rows, tokens), sampling, special, most)
         self._counts["steps"] += 1
         self._counts["tokens_read"] += total
-        return _Flight(parts, requests, chosen)
+        return _Flight(parts, requests, rows, chosen, drafted, began)
 
-    def _step(self, arrays: dict[str, np.ndarray], sampling: SamplingParams, special: Special | None) -> Chosen:
-        before = read._cache_size() + choose._cache_size()  # pyright: ignore
-        to_slot = arrays.pop("to_slot")
-        logits, self._pages = read(self._params, self.config, self._pages, self._last, Reading(**arrays))
-        chosen = choose(logits, self._last, sampling, arrays["lengths"], to_slot, self._vocab_size, special)
+    def _reading(self, parts: list[Part], rows: int, tokens: int) -> Reading:
+        return Reading(**arrays_of(parts, rows, tokens, self._width, self.options.slots, self._pool.count))
+
+    def _step(
+        self, reading: Reading, sampling: SamplingParams, special: Special | None, most: int
+    ) -> tuple[Chosen, Drafted | None]:
+        before, drafted = _compiled(), None
+        logits, hidden, self._pages = read(self._params, self.config, self._pages, self._last, reading, most=most)
+        chosen = choose(logits, self._last, sampling, reading, self._vocab_size, special)
         self._last = chosen.last
-        self._counts["compiled_in_service"] += read._cache_size() + choose._cache_size() - before  # pyright: ignore
-        return chosen
+        if hidden is not None:
+            plain = self._without_special(sampling)
+            args = self._pages, hidden, chosen.tokens, plain, reading, self._vocab_size
+            drafted = draft(self._params, self.config, *args, most=most)
+            self._pages = drafted.pages
+        self._counts["compiled_in_service"] += _compiled() - before
+        return chosen, drafted
+
+    def _without_special(self, sampling: SamplingParams) -> SamplingParams:
+        rows = sampling.seed.shape[0]
+        empty = {"bias_ids": np.zeros((rows, 0), np.int32), "bias_values": np.zeros((rows, 0), np.float32)}
+        return dataclasses.replace(sampling, **empty)
 
     def _sampling(self, requests: list[Request], rows: int) -> tuple[SamplingParams, Special | None]:
         """Settings of the rows, and with them what only some need, where any does."""
@@ -325,29 +375,46 @@ class Engine:
     def _finish(self, flight: _Flight) -> None:
         """Hands out what a step has chosen; waits for it."""
         tokens, logprobs = np.asarray(flight.chosen.tokens), np.asarray(flight.chosen.logprobs)
+        drafted = flight.drafted
+        accepted = np.zeros(len(tokens), int) if drafted is None else np.asarray(drafted.accepted)
+        drafts = np.zeros((len(tokens), 0), int) if drafted is None else np.asarray(drafted.tokens)
         for row, (part, request) in enumerate(zip(flight.parts, flight.requests)):
             if part.chooses and not part.sequence.ended:
-                self._counts["tokens_chosen"] += 1
-                self._scheduler.put(part.sequence, int(tokens[row]))
-                self._hand_out(request, int(tokens[row]), float(logprobs[row]))
+                held = int(accepted[row])
+                self._drafting.saw(len(part.drafts), held)
+                next_drafts = drafts[row].tolist() if part.sequence.drafting else []
+                new = tokens[row, : held + 1].tolist(), logprobs[row, : held + 1].tolist()
+                self._hand_out(request, *new, next_drafts)
+        now, since = time.monotonic(), max(flight.began, self._finished_at)
+        self._finished_at = now
+        if all(part.count == 1 for part in flight.parts):
+            self._drafting.timed(self._rows(len(flight.parts)), now - since, drafts=drafted is not None)
 
-    def _hand_out(self, request: Request, token: int, logprob: float) -> None:
-        if math.isnan(logprob):
-            why = "the model's logits are not numbers; the checkpoint is damaged, or the dtype too narrow"
-            return self._end(request, Delta(finish_reason="error", error=why))
-        request.logprobs.append(logprob)
-        sequence, text, piece = request.sequence, request.text, ""
-        stopped = token in request.stop_ids
-        if text is not None and not stopped:
-            piece = text.push(token)
-            stopped = text.stopped
-        if stopped or len(sequence.tokens) - sequence.prompt_length >= sequence.limit:
-            piece += text.finish() if text is not None else ""
-            delta = Delta((token,), (logprob,), piece, "stop" if stopped else "length")
-            self._counts["finished"] += 1
-            return self._end(request, delta)
-        request.push(Delta((token,), (logprob,), piece))
-        return None
+    def _hand_out(self, request: Request, tokens: list[int], logprobs: list[float], drafts: list[int]) -> None:
+        """New tokens of one request, up to where it ends."""
+        sequence, text, piece, reason = request.sequence, request.text, "", None
+        used = 0
+        for token, logprob in zip(tokens, logprobs):
+            if math.isnan(logprob):
+                why = "the model's logits are not numbers; the checkpoint is damaged, or the dtype too narrow"
+                return self._end(request, Delta(finish_reason="error", error=why))
+            used += 1
+            stopped = token in request.stop_ids
+            if text is not None and not stopped:
+                piece += text.push(token)
+                stopped = text.stopped
+            if stopped or len(sequence.tokens) + used - sequence.prompt_length >= sequence.limit:
+                reason = "stop" if stopped else "length"
+                break
+        tokens, logprobs = tokens[:used], logprobs[:used]
+        request.logprobs += logprobs
+        self._counts["tokens_chosen"] += used
+        self._scheduler.put(sequence, tokens, drafts)
+        if reason is None:
+            return request.push(Delta(tuple(tokens), tuple(logprobs), piece))
+        self._counts["finished"] += 1
+        piece += text.finish() if text is not None else ""
+        return self._end(request, Delta(tuple(tokens), tuple(logprobs), piece, reason))
 
     def _end(self, request: Request, delta: Delta) -> None:
         self._scheduler.end(request.sequence)
@@ -356,32 +423,39 @@ class Engine:
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 
-    def _size(self, rows: int, tokens: int) -> tuple[int, int]:
+    def _size(self, rows: int, tokens: int, most: int) -> tuple[int, int]:
         """Rows and tokens of the program that a step takes."""
-        n, r = min((n, r) for r, n in self._sizes() if r >= rows and n >= tokens)
+        n, r = min((n, r) for r, n in self._sizes(most) if r >= rows and n >= tokens)
         return r, n
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
-        """For decoding as many tokens as rows; for prompts few rows or all."""
-        slots, most = self.options.slots, self.options.step_tokens
+    def _rows(self, rows: int) -> int:
+        return next(r for r in _doubling(1, self.options.slots) if r >= min(rows, self.options.slots))
+
+    def _sizes(self, most: int) -> Iterator[tuple[int, int]]:
+        """For decoding as many tokens as rows and their drafts; for prompts few rows or all."""
+        slots, last = self.options.slots, self.options.step_tokens
         for rows in _doubling(1, slots):
-            yield rows, rows
-        for tokens in _doubling(max(_LEAST_TOKENS, 1), most):
+            yield rows, rows * (1 + most)
+        for tokens in _doubling(_LEAST_TOKENS, last) if last > _LEAST_TOKENS else (last,):
             for rows in sorted({min(_FEW_ROWS, slots), slots}):
-                if tokens > rows or tokens == most:
+                if tokens > rows * (1 + most) or tokens == last:
                     yield rows, tokens
 
     def _warm_up(self) -> None:
-        for rows, tokens in self._sizes():
-            for special in (False, True):
-                arrays = arrays_of([], rows, tokens, self._width, self.options.slots)
-                sampling, _ = self._sampling([], rows)
-                if special:
-                    fill = {"bias_ids": self.config.vocab_size, "bias_values": 0}
-                    wide = {k: np.full((rows, _MOST_BIASES), v, getattr(sampling, k).dtype) for k, v in fill.items()}
-                    sampling = dataclasses.replace(sampling, **wide)
-                self._step(arrays, sampling, self._special([], rows) if special else None)
+        for most in sorted({0, self.options.drafts}):
+            for rows, tokens in self._sizes(most):
+                reading, (sampling, _) = self._reading([], rows, tokens), self._sampling([], rows)
+                wide = {
+                    "bias_ids": np.full((rows, _MOST_BIASES), self.config.vocab_size, np.int32),
+                    "bias_values": np.zeros((rows, _MOST_BIASES), np.float32),
+                }
+                self._step(reading, dataclasses.replace(sampling, **wide), self._special([], rows), most)
+                self._step(reading, sampling, None, most)
         jax.block_until_ready(self._pages)
+
+
+def _compiled() -> int:
+    return sum(f._cache_size() for f in (read, choose, draft))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _doubling(first: int, last: int) -> Iterator[int]:

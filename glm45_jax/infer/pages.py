@@ -92,10 +92,10 @@ class Pages:
         return page
 
 
-def digests_of(tokens: Sequence[int], page_size: int, before: Sequence[bytes] = ()) -> list[bytes]:
-    """One of each full page; `before` are those that are known already."""
+def digests_of(tokens: Sequence[int], page_size: int, before: Sequence[bytes] = (), salt: bytes = b"") -> list[bytes]:
+    """One of each full page; `before` are those that are known already, others of another `salt`."""
     digests = [*before]
     for at in range(len(digests) * page_size, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[at : at + page_size], np.int32).tobytes()
-        digests.append(hashlib.blake2b((digests[-1] if digests else b"") + page, digest_size=16).digest())
+        digests.append(hashlib.blake2b((digests[-1] if digests else salt) + page, digest_size=16).digest())
     return digests

@@ -105,6 +105,7 @@ def sample(
     positions: Int[Array, " B"],
     counts: TokenCounts | None = None,
     vocab_size: Int[Array, ""] | int | None = None,
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of each sequence.
 
@@ -113,11 +114,14 @@ def sample(
       positions: index in its sequence, prompt included, of the token to choose.
       counts: without them there are no penalties.
       vocab_size: ids from here on are never chosen.
+      allowed: others are never chosen.
 
     Returns:
       tokens, and their log-probabilities in the model's own distribution.
     """
     adjusted = adjust_logits(logits, params, counts, vocab_size)
+    if allowed is not None:
+        adjusted = jnp.where(allowed, adjusted, -jnp.inf)
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> Int[Array, " B"]:

@@ -33,12 +33,18 @@ class Sequence:
       pending: tokens that have been planned and are not known yet.
       cached: tokens whose keys and values are in pages, or will be by the steps planned so far.
       alone: nothing is planned ahead: how a token is chosen depends on the one before (penalties, grammars).
+      drafting: its tokens are drafted ahead; nothing is planned ahead either, since how many of them hold is not known.
+      drafts: what may come after `tokens`.
+      salt: sequences share pages with those of the same alone: only these hold what the MTP layer reads too.
     """
 
     prompt_length: int
     tokens: list[int]
     limit: int
     alone: bool = False
+    drafting: bool = False
+    drafts: list[int] = dataclasses.field(default_factory=list)
+    salt: bytes = b""
     pending: int = 0
     cached: int = 0
     slot: int = _NOWHERE
@@ -61,23 +67,29 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a step reads of one sequence, and whether it then chooses the token after it."""
+    """What a step reads of one sequence: `count` tokens, drafts behind them, and whether it chooses what comes then."""
 
     sequence: Sequence
     first: int
     count: int
+    drafts: tuple[int, ...]
     chooses: bool
+
+    @property
+    def size(self) -> int:
+        return self.count + len(self.drafts)
 
 
 class Scheduler:
     """Sequences that wait and sequences at work, over `pages`, in `slots` at a time.
 
     Attributes:
+      most_drafts: read behind a sequence's tokens.
       preempted: how often a sequence had to begin anew.
     """
 
-    def __init__(self, pages: Pages, slots: int, tokens: int):
-        self.pages, self.most_tokens = pages, tokens
+    def __init__(self, pages: Pages, slots: int, tokens: int, drafts: int = 0):
+        self.pages, self.most_tokens, self.most_drafts = pages, tokens, drafts
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []  # by number: first come, first served
         self.preempted = 0
@@ -94,24 +106,30 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.unread > 1):  # those that decode first
             if sequence.slot == _NOWHERE or room == 0 or not self._goes_on(sequence):
                 continue
-            count = min(sequence.unread, room)
-            if self._make_room(sequence, count, parts):
-                parts.append(self._part(sequence, count))
-                room -= count
+            part = self._next(sequence, room)
+            if self._make_room(sequence, part.size, parts):
+                parts.append(self._planned(part))
+                room -= part.size
             else:
                 crowded = True
         while room and self.waiting and self._slots and not crowded and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
-            count = min(sequence.unread, room)
-            assert self._extend(sequence, count), "admitted without pages"
-            parts.append(self._part(sequence, count))
-            room -= count
+            part = self._next(sequence, room)
+            if not self._extend(sequence, part.size):  # there is room for all tokens, but for drafts perhaps not
+                part = dataclasses.replace(part, drafts=())
+                assert self._extend(sequence, part.size), "admitted without pages"
+            parts.append(self._planned(part))
+            room -= part.size
         return parts
 
-    def put(self, sequence: Sequence, token: int) -> None:
-        """A planned token is known now."""
-        sequence.tokens.append(token)
+    def put(self, sequence: Sequence, tokens: Iterable[int], drafts: Iterable[int] = ()) -> None:
+        """What a step has chosen is known now: drafts that held, and the token after them; and the next drafts."""
+        new = [*tokens]
+        sequence.tokens += new
+        sequence.drafts = [*drafts]
         sequence.pending -= 1
+        if sequence.slot != _NOWHERE:
+            sequence.cached += len(new) - 1
         self._register(sequence)
 
     def end(self, sequence: Sequence) -> None:
@@ -133,14 +151,19 @@ class Scheduler:
     def _goes_on(self, sequence: Sequence) -> bool:
         if sequence.unread == 0 or sequence.answered >= sequence.limit:
             return False
-        return sequence.pending == 0 or (sequence.pending == 1 and not sequence.alone)
+        return sequence.pending == 0 or (sequence.pending == 1 and not (sequence.alone or sequence.drafting))
 
-    def _part(self, sequence: Sequence, count: int) -> Part:
-        first = sequence.cached
-        sequence.cached += count
-        chooses = sequence.unread == 0
-        sequence.pending += chooses
-        return Part(sequence, first, count, chooses)
+    def _next(self, sequence: Sequence, room: int) -> Part:
+        count = min(sequence.unread, room)
+        chooses, drafts = count == sequence.unread, 0
+        if chooses and sequence.drafting:
+            drafts = max(0, min(self.most_drafts, sequence.limit - sequence.answered - 1, room - count))
+        return Part(sequence, sequence.cached, count, tuple(sequence.drafts[:drafts]), chooses)
+
+    def _planned(self, part: Part) -> Part:
+        part.sequence.cached += part.count
+        part.sequence.pending += part.chooses
+        return part
 
     def _admit(self, sequence: Sequence) -> bool:
         """A slot, and the pages of a known beginning; what is left must find room besides one page for each at work."""
@@ -194,36 +217,50 @@ class Scheduler:
     def _register(self, sequence: Sequence) -> None:
         """Pages full of known tokens can be found from now on."""
         size = self.pages.page_size
+        if sequence.salt and not sequence.drafting:
+            return  # the MTP layer has not read its last tokens
         full = min(sequence.cached, len(sequence.tokens)) // size
         if full > sequence.registered and sequence.slot != _NOWHERE:
-            sequence.digests = digests_of(sequence.tokens[: full * size], size, sequence.digests)
+            sequence.digests = digests_of(sequence.tokens[: full * size], size, sequence.digests, sequence.salt)
             for at in range(sequence.registered, full):
                 self.pages.know(sequence.pages[at], sequence.digests[at])
             sequence.registered = full
 
 
-def arrays_of(parts: Iterable[Part], rows: int, tokens: int, width: int, slots: int) -> dict[str, np.ndarray]:
+def arrays_of(
+    parts: Iterable[Part], rows: int, tokens: int, width: int, slots: int, spare: int
+) -> dict[str, np.ndarray]:
     """A step's parts as arrays for `rows` rows, `tokens` tokens and page tables `width` wide.
 
+    Args:
+      spare: a page of no sequence, for places that have none.
+
     Returns:
-      tokens [N], and from_slot [N]: the slot whose last token stands there, -1 where `tokens` has it; starts [R + 1],
-      lengths [R], page_table [R, P], num_rows; to_slot [R]: where the chosen token goes, `slots` for nowhere.
+      tokens [N], and from_slot [N]: the slot whose last token stands there, -1 where `tokens` has it; following [N]:
+      the token after each, where it is known already; starts [R + 1], lengths [R], drafts [R], page_table [R, P],
+      num_rows; to_slot [R]: where the chosen token goes, `slots` for nowhere; chooses [R].
     """
     out = {
         "tokens": np.zeros(tokens, np.int32), "from_slot": np.full(tokens, -1, np.int32),
-        "starts": np.zeros(rows + 1, np.int32), "lengths": np.zeros(rows, np.int32),
-        "page_table": np.zeros((rows, width), np.int32), "to_slot": np.full(rows, slots, np.int32),
+        "following": np.zeros(tokens, np.int32), "starts": np.zeros(rows + 1, np.int32),
+        "lengths": np.zeros(rows, np.int32), "drafts": np.zeros(rows, np.int32),
+        "page_table": np.full((rows, width), spare, np.int32), "to_slot": np.full(rows, slots, np.int32),
+        "chooses": np.zeros(rows, bool),
     }  # fmt: skip
     at = row = 0
     for row, part in enumerate(parts, 1):
-        sequence, end = part.sequence, at + part.count
+        sequence, end, here = part.sequence, at + part.size, row - 1
         known = sequence.tokens[part.first : part.first + part.count]
+        after = sequence.tokens[part.first + 1 : part.first + part.count + 1]
         out["tokens"][at : at + len(known)] = known
-        out["from_slot"][at + len(known) : end] = sequence.slot
+        out["tokens"][end - len(part.drafts) : end] = part.drafts
+        out["following"][at : at + len(after)] = after
+        out["from_slot"][at + len(known) : end - len(part.drafts)] = sequence.slot
         out["starts"][row:] = end
-        out["lengths"][row - 1] = part.first + part.count
-        out["page_table"][row - 1, : len(sequence.pages)] = sequence.pages
+        out["lengths"][here], out["drafts"][here] = part.first + part.size, len(part.drafts)
+        out["page_table"][here, : len(sequence.pages)] = sequence.pages
+        out["chooses"][here] = part.chooses
         if part.chooses:
-            out["to_slot"][row - 1] = sequence.slot
+            out["to_slot"][here] = sequence.slot
         at = end
     return {**out, "num_rows": np.int32(row)}

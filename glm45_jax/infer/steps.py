@@ -1,9 +1,10 @@
-"""The compiled parts of serving: `read` takes new tokens into pages, `choose` takes the next tokens from logits.
+"""The compiled parts of serving: `read` takes tokens into pages, `choose` takes the next from logits, `draft` goes on.
 
-Both are jitted once for each of a few sizes. Neither waits for the host: the token that a sequence was given last stays
-in its slot on the device, from where the next step reads it.
+Each is jitted once for each of a few sizes. None waits for the host: the token that a sequence was given last stays in
+its slot on the device, from where the next step reads it.
 
-Axes: N new tokens, R rows, S slots, P pages that a row can have, V vocabulary.
+Axes: N new tokens, R rows, C choices of a row (one, and one for each draft), W = R C, S slots, P pages that a row can
+have, V vocabulary, D model.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.infer.sampling import SamplingParams, TokenCounts, sample
 from glm45_jax.model import Params
-from glm45_jax.model.paged import Ragged, paged_step
+from glm45_jax.model.paged import Ragged, mtp_paged_step, paged_step
 
 
 class Reading(NamedTuple):
@@ -26,9 +27,13 @@ class Reading(NamedTuple):
 
     tokens: Int[Array, " N"]
     from_slot: Int[Array, " N"]
+    following: Int[Array, " N"]
     starts: Int[Array, " R+1"]
     lengths: Int[Array, " R"]
+    drafts: Int[Array, " R"]
     page_table: Int[Array, "R P"]
+    to_slot: Int[Array, " R"]
+    chooses: Bool[Array, " R"]
     num_rows: Int[Array, ""]
 
 
@@ -40,38 +45,104 @@ class Special(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    tokens: Int[Array, " R"]
-    logprobs: Float[Array, " R"]
+    """What comes after each row's last token, and after each of its drafts, if they hold."""
+
+    tokens: Int[Array, "R C"]
+    logprobs: Float[Array, "R C"]
     last: Int[Array, " S"]
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="pages")
+class Drafted(NamedTuple):
+    accepted: Int[Array, " R"]  # drafts that hold: they are what was chosen
+    tokens: Int[Array, "R most"]  # the next
+    pages: Float[Array, "L n K p 2h"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")
 def read(
-    params: Params, config: ModelConfig, pages: Array, last: Int[Array, " S"], reading: Reading
-) -> tuple[Float[Array, "R V"], Array]:
-    """The logits after each row's last token, and the pages with the new tokens."""
+    params: Params, config: ModelConfig, pages: Array, last: Int[Array, " S"], reading: Reading, *, most: int
+) -> tuple[Float[Array, "W V"], Float[Array, "N D"] | None, Array]:
+    """The logits after each row's last token and `most` drafts, one behind the other, and the pages.
+
+    With drafts the hidden states too, for `draft`.
+    """
     tokens = jnp.where(reading.from_slot >= 0, last[reading.from_slot], reading.tokens)
     batch = Ragged(tokens, reading.starts, reading.lengths, reading.page_table, reading.num_rows)
-    step = paged_step(params, config, pages, batch, jnp.maximum(reading.starts[1:] - 1, 0))
-    return step.logits, step.pages
+    place = jnp.minimum(jnp.arange(most + 1), reading.drafts[:, None])
+    step = paged_step(params, config, pages, batch, jnp.maximum(_last_place(reading)[:, None] + place, 0).reshape(-1))
+    return step.logits, step.hidden if most else None, step.pages
 
 
 @jax.jit
 def choose(
-    logits: Float[Array, "R V"],
+    logits: Float[Array, "W V"],
     last: Int[Array, " S"],
     sampling: SamplingParams,
-    lengths: Int[Array, " R"],
-    to_slot: Int[Array, " R"],
+    reading: Reading,
     vocab_size: Int[Array, ""],
     special: Special | None,
 ) -> Chosen:
-    """The next token of each row, and the slots' last tokens with those of rows that have a slot to put it."""
-    counts = None
+    """The next tokens, and the slots' last tokens with those of rows that have a slot to put it.
+
+    A token depends on its sequence's seed and its position, and on what was read before it: behind drafts that hold
+    stands what would have been chosen without them, drawn or not.
+    """
+    rows = reading.lengths.shape[0]
+    each = logits.shape[0] // rows
+    counts, allowed = None, None
     if special is not None:
-        counts, logits = special.counts, jnp.where(_bits(special.allowed, logits.shape[1]), logits, -jnp.inf)
-    tokens, logprobs = sample(logits, sampling, lengths, counts, vocab_size)
-    return Chosen(tokens, logprobs, last.at[to_slot].set(tokens, mode="drop"))
+        counts, allowed = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), special)
+        allowed = _bits(allowed, logits.shape[1])
+    positions = (reading.lengths - reading.drafts)[:, None] + jnp.arange(each)
+    sampling = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), sampling)
+    tokens, logprobs = (
+        x.reshape(rows, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
+    )
+    return Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop"))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")
+def draft(
+    params: Params,
+    config: ModelConfig,
+    pages: Array,
+    hidden: Float[Array, "N D"],
+    chosen: Int[Array, "R C"],
+    sampling: SamplingParams,
+    reading: Reading,
+    vocab_size: Int[Array, ""],
+    *,
+    most: int,
+) -> Drafted:
+    """Which drafts hold, and the next `most` by the MTP layer: what it would choose with the main model's noise.
+
+    The layer reads all that the step has read, with the tokens that follow now known, then its own drafts in a chain.
+    What it writes behind drafts that don't hold, and of the chain, is written anew when the true tokens are there.
+    """
+    base, place = _last_place(reading), jnp.arange(chosen.shape[1])
+    given = reading.tokens.at[base[:, None] + 1 + place[:-1]].get(mode="fill", fill_value=-1)
+    holds = (given == chosen[:, :-1]) & (place[:-1] < reading.drafts[:, None])
+    accepted = jnp.cumprod(holds, axis=1).sum(1)
+    known = reading.chooses[:, None] & (place <= reading.drafts[:, None])
+    at = jnp.where(known, base[:, None] + place, reading.tokens.shape[0])
+    following = reading.following.at[at].set(chosen, mode="drop")
+    batch = Ragged(following, reading.starts, reading.lengths, reading.page_table, reading.num_rows)
+    wanted = jnp.maximum(base + accepted, 0)
+    step = mtp_paged_step(params, config, pages, batch, hidden, wanted)
+    position, h = reading.lengths - reading.drafts + accepted, step.hidden[wanted]
+    drafts = [sample(step.logits, sampling, position + 1, None, vocab_size)[0]]
+    every = jnp.arange(base.shape[0] + 1)
+    for i in range(1, most):
+        batch = Ragged(drafts[-1], every, position + i, reading.page_table, reading.num_rows)
+        step = mtp_paged_step(params, config, step.pages, batch, h, every[:-1])
+        h = step.hidden
+        drafts.append(sample(step.logits, sampling, position + 1 + i, None, vocab_size)[0])
+    return Drafted(accepted, jnp.stack(drafts, axis=1), step.pages)
+
+
+def _last_place(reading: Reading) -> Int[Array, " R"]:
+    """Of each row's last token before its drafts."""
+    return reading.starts[1:] - 1 - reading.drafts
 
 
 def _bits(words: UInt32[Array, "R W"], count: int) -> Array:

@@ -21,7 +21,9 @@ def quick_programs() -> Iterator[None]:
         advance = quick_jit(loop.advance.__wrapped__, static_argnames="config", donate_argnames="state")
         patch.setattr(generate_module, "start", start)
         patch.setattr(generate_module, "advance", advance)
-        read = quick_jit(steps.read.__wrapped__, static_argnames="config", donate_argnames="pages")
-        patch.setattr(engine, "read", read)
+        for name in ("read", "draft"):
+            function = getattr(steps, name).__wrapped__
+            jitted = quick_jit(function, static_argnames=("config", "most"), donate_argnames="pages")
+            patch.setattr(engine, name, jitted)
         patch.setattr(engine, "choose", quick_jit(steps.choose.__wrapped__))
         yield

@@ -14,6 +14,7 @@ import pytest
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine, EngineOptions, generate_detailed
+from glm45_jax.infer.drafting import Drafting
 from glm45_jax.text import train_tokenizer
 from tests.support import random_params, small_config
 
@@ -212,3 +213,78 @@ def test_close_finishes_what_was_asked(params):
     assert [len(r.result(0).answer) for r in requests] == [6] * 5
     with pytest.raises(UserError, match="closed"):
         engine.submit([1], 1)
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+MTP = small_config(num_hidden_layers=2, eos_token_id=(94, 95), num_nextn_predict_layers=1)
+
+
+@pytest.fixture(scope="module")
+def mtp_params():
+    """The MTP layer's own parts small: it then often agrees with the main model on what repeats."""
+    return random_params(MTP)
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_drafts_change_no_answer(mtp_params, drafts, monkeypatch):
+    """Greedy, drawn, and with penalties and biases (which are not drafted) beside one another."""
+    monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.pays", lambda self, rows: True)
+    asked = prompts(9, seed=7)
+    how: dict[str, Any] = {
+        "temperature": [0.0, 0.0, 0.8, 1.0, 0.0, 1.2, 0.0, 0.7, 0.0],
+        "top_p": [1.0, 1.0, 0.9, 1.0, 1.0, 0.8, 1.0, 1.0, 1.0],
+        "presence_penalty": [0.0, 0.4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        "logit_bias": [None, None, None, {7: 5.0}, {3: -4.0}, None, None, None, None],
+        "seed": list(range(9)),
+    }
+    wanted = generate_detailed(mtp_params, MTP, asked, 17, **how)
+    options = EngineOptions(
+        slots=4, cache_tokens=160, page_size=4, step_tokens=32, drafts=drafts, cache_dtype="float32", warm_up=False
+    )
+    with Engine(mtp_params, MTP, options=options) as engine:
+        for found, one in zip(engine.generate_batch(asked, 17, **how), wanted):
+            same(found, one)
+        stats = engine.stats()
+    assert stats["drafts_given"] > 40 and stats["pages_in_use"] == 0
+
+
+def test_drafts_that_hold_are_accepted():
+    """A model that says one token whatever it reads: all drafts of it hold."""
+    params = random_params(MTP)
+    params["head"]["weight"] = params["head"]["weight"] * 0
+    options = EngineOptions(slots=1, cache_tokens=160, page_size=4, step_tokens=32, drafts=3, warm_up=False)
+    with Engine(params, MTP, options=options) as engine:
+        (found,) = engine.generate_batch([[5, 6, 7]], 41, stop_ids=[])
+        stats = engine.stats()
+    assert found.answer == [0] * 41
+    assert stats["drafts_accepted"] == stats["drafts_given"] == 30 and stats["steps"] == 11
+
+
+def test_drafting_ends_where_it_does_not_pay(mtp_params):
+    options = EngineOptions(slots=2, cache_tokens=160, page_size=4, step_tokens=32, drafts=1, warm_up=False)
+    with Engine(mtp_params, MTP, options=options) as engine:
+        for rows in (1, 2):
+            engine._drafting.timed(rows, 1e-9, drafts=False)
+            engine._drafting.timed(rows, 1e9, drafts=True)
+        engine._drafting.timed = lambda *_, **__: None  # type: ignore[method-assign]
+        asked = prompts(3, seed=8)
+        for found, one in zip(engine.generate_batch(asked, 12), generate_detailed(mtp_params, MTP, asked, 12)):
+            same(found, one)
+        assert engine.stats()["drafts_given"] == 0
+
+
+def test_whether_drafts_pay():
+    drafting = Drafting(2)
+    assert drafting.pays(4)  # not known yet
+    drafting.timed(4, 1.0, drafts=False)
+    drafting.timed(4, 1.5, drafts=True)
+    assert drafting.pays(4)
+    for _ in range(200):
+        drafting.saw(2, 0)
+    assert drafting.chance < 0.05 and not drafting.pays(4) and drafting.worth_reading == 1
+    assert [drafting.begins_with_drafts(4) for _ in range(32)].count(True) == 2
+    for _ in range(400):
+        drafting.saw(2, 2)
+    assert drafting.pays(4) and drafting.worth_reading == 2
+    assert not Drafting(0).pays(1)

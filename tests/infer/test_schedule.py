@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,34 +29,45 @@ def answer(prompt: list[int], limit: int) -> list[int]:
 
 
 class Device:
-    """Runs steps one after another, as arrays say, and gives what was chosen."""
+    """Runs steps one after another, as arrays say; gives the drafts that held and what was chosen behind them."""
 
     def __init__(self, pages: int, size: int, slots: int, width: int):
-        self.memory = np.full((pages, size), -9)
+        self.memory = np.full((pages + 1, size), -9)  # one to spare
         self.last = np.full(slots + 1, -9)
         self.size, self.slots, self.width = size, slots, width
 
-    def run(self, parts) -> list[int]:
-        total = sum(p.count for p in parts)
-        a = arrays_of(parts, len(parts) + 2, total + 3, self.width, self.slots)
+    def run(self, parts) -> list[list[int]]:
+        total = sum(p.size for p in parts)
+        a = arrays_of(parts, len(parts) + 2, total + 3, self.width, self.slots, len(self.memory) - 1)
         tokens = np.where(a["from_slot"] >= 0, self.last[a["from_slot"]], a["tokens"])
-        chosen = []
         rows = [(a["starts"][r], a["starts"][r + 1], a["lengths"][r], a["page_table"][r]) for r in range(a["num_rows"])]
         for start, end, length, table in rows:  # all is written before anything is read
             for i, place in enumerate(range(length - (end - start), length)):
                 self.memory[table[place // self.size], place % self.size] = tokens[start + i]
+        chosen = []
         for row, (_, _, length, table) in enumerate(rows):
             read = [int(self.memory[table[p // self.size], p % self.size]) for p in range(length)]
-            chosen.append(after(read))
-            self.last[a["to_slot"][row]] = chosen[-1]
+            known = length - int(a["drafts"][row])
+            new = [after(read[:known])]
+            for place in range(known, length):
+                if read[place] != new[-1]:
+                    break
+                new.append(after(read[: place + 1]))
+            chosen.append(new)
+            self.last[a["to_slot"][row]] = new[0]
         return chosen
 
 
-def serve(prompts, limits, arrivals, *, pages, size, slots, tokens, alone=(), cancel=None, renew=None):
+def serve(
+    prompts, limits, arrivals, *, pages, size, slots, tokens, alone=(), drafting=(), cancel=None, renew=None, luck=0
+):
     """Plans one step ahead, as the engine does. Returns the sequences, the scheduler, steps taken."""
     pool = Pages(pages, size)
-    scheduler, device = Scheduler(pool, slots, tokens), Device(pages, size, slots, pages)
-    sequences = [Sequence(len(p), [*p], n, alone=i in alone) for i, (p, n) in enumerate(zip(prompts, limits))]
+    scheduler, device = Scheduler(pool, slots, tokens, 3), Device(pages, size, slots, pages)
+    sequences = [
+        Sequence(len(p), [*p], n, alone=i in alone, drafting=i in drafting, salt=b"d" if i in drafting else b"")
+        for i, (p, n) in enumerate(zip(prompts, limits))
+    ]
     flying, steps, unborn = None, 0, sorted(range(len(prompts)), key=lambda i: arrivals[i])
     while unborn or flying or scheduler.waiting or scheduler.running:
         while unborn and arrivals[unborn[0]] <= steps:
@@ -65,17 +77,31 @@ def serve(prompts, limits, arrivals, *, pages, size, slots, tokens, alone=(), ca
         if steps == renew:
             scheduler.begin_anew()
         parts = scheduler.plan()
+        assert sum(part.size for part in parts) <= tokens
         chosen = device.run(parts) if parts else []
-        for part, token in zip(*(flying or ((), ()))):
-            if part.chooses and not part.sequence.ended:
-                scheduler.put(part.sequence, token)
-                if token == 0 or len(part.sequence.tokens) - part.sequence.prompt_length >= part.sequence.limit:
-                    scheduler.end(part.sequence)
+        for part, new in zip(*(flying or ((), ()))):
+            sequence = part.sequence
+            if part.chooses and not sequence.ended:
+                assert len(sequence.tokens) - sequence.prompt_length + len(new) <= sequence.limit
+                new = new[: new.index(0) + 1] if 0 in new else new
+                scheduler.put(sequence, new, guesses(sequence.tokens + new, luck) if sequence.drafting else ())
+                if new[-1] == 0 or len(sequence.tokens) - sequence.prompt_length == sequence.limit:
+                    scheduler.end(sequence)
+                elif sequence.drafting and len(sequence.tokens) % 7 == luck % 7:
+                    sequence.drafting, sequence.drafts = False, []
         flying = (parts, chosen) if parts else None
         steps += 1
         assert steps < 5000, "a deadlock"
     assert pool.available == pages, "a page was not given back"
     return sequences, scheduler, steps
+
+
+def guesses(tokens: list[int], luck: int) -> list[int]:
+    """Three, of which the first `luck % 4` are right."""
+    found = [*tokens]
+    for i in range(3):
+        found.append(after(found) if i < luck % 4 else 4)
+    return found[len(tokens) :]
 
 
 @settings(max_examples=150, deadline=None)
@@ -95,7 +121,7 @@ def test_all_answers_are_those_of_the_model(data):
     sequences, _, _ = serve(
         prompts, limits, [draw(whole(0, 6)) for _ in prompts], pages=most + draw(whole(0, 8)), size=size,
         slots=draw(whole(1, 4)), tokens=tokens, alone=draw(st.sets(whole(0, count - 1))), cancel=cancel,
-        renew=draw(st.none() | whole(0, 8)),
+        drafting=draw(st.sets(whole(0, count - 1))), renew=draw(st.none() | whole(0, 8)), luck=draw(whole(0, 12)),
     )  # fmt: skip
     for i, (sequence, prompt, limit) in enumerate(zip(sequences, prompts, limits)):
         want = answer(prompt, limit)
@@ -111,6 +137,15 @@ def test_a_beginning_is_read_once():
     )
     assert scheduler.pages.asked == (2 + 2 + 1) * 4 and scheduler.pages.hits == (2 + 1) * 4
     assert [s.tokens for s in sequences] == [answer(p, 3) for p in (prompt, [*prompt, 2], prompt[:8])]
+
+
+def test_drafts_save_steps():
+    def steps(luck, drafting=(0,)):
+        how: Any = {"pages": 20, "size": 4, "slots": 1, "tokens": 64}
+        return serve([[1, 1, 1, 2]], [24], [0], drafting=drafting, luck=luck, **how)[2]
+
+    assert len(answer([1, 1, 1, 2], 24)) > 20
+    assert steps(3) < steps(1) < steps(0)
 
 
 def test_what_was_unused_longest_is_forgotten_first_and_ends_before_beginnings():
@@ -134,12 +169,12 @@ def test_decoding_goes_on_beside_a_long_prompt():
     scheduler = Scheduler(Pages(80, 2), 4, 8)
     sequences = [Sequence(len(p), [*p], 30) for p in prompts]
     scheduler.add(sequences[0])
-    scheduler.put(scheduler.plan()[0].sequence, 1)
+    scheduler.put(scheduler.plan()[0].sequence, [1])
     scheduler.add(sequences[1])
     for _ in range(7):
-        parts = {p.sequence: p.count for p in scheduler.plan()}
+        parts = {p.sequence: p.size for p in scheduler.plan()}
         assert parts == {sequences[0]: 1, sequences[1]: 7}
-        scheduler.put(sequences[0], 1)
+        scheduler.put(sequences[0], [1])
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -192,6 +192,37 @@ def decoding(rows: int, serving: bool, **mesh: int) -> dict[str, Any]:
     }
 
 
+def paging(**mesh: int) -> dict[str, Any]:
+    """A step over pages, of a chunk of a prompt and two rows behind it, and the MTP layer's after it."""
+    config = small_config(num_nextn_predict_layers=1, num_attention_heads=8)
+    params, tokens = random_params(config), packed_batch(config, 8)["tokens"].reshape(-1)
+
+    def run(params: Any, config: ModelConfig) -> Any:
+        pages, table = glm.model.init_pages(config, 9, 4, "float32"), jnp.arange(9).reshape(3, 3)
+        out: list[Any] = []
+        for starts, lengths in (([0, 6, 9, 10], [6, 3, 1]), ([0, 1, 2, 6], [7, 4, 5])):
+            arrays = (tokens[:12], jnp.array(starts), jnp.array(lengths), table, jnp.int32(3))
+            step = glm.model.paged_step(params, config, pages, glm.model.Ragged(*arrays), jnp.arange(starts[-1]))
+            drafts = glm.model.mtp_paged_step(
+                params,
+                config,
+                step.pages,
+                glm.model.Ragged(tokens[1:13], *arrays[1:]),
+                step.hidden,
+                jnp.arange(starts[-1]),
+            )
+            pages = drafts.pages
+            out += [step.logits, step.hidden[: starts[-1]], drafts.logits]
+        return out
+
+    want = quick_jit(lambda p: run(p, config))(params)
+    spread = config.replace(parallel=ParallelConfig(rules=SERVING_RULES))
+    on = make_mesh(jax.devices()[: math.prod(mesh.values())], **mesh)
+    with jax.set_mesh(on):
+        got = quick_jit(lambda p: run(p, spread))(jax.device_put(params, param_shardings(spread, on)))
+    return {"errors": errors(want, got)}
+
+
 def dropping() -> dict[str, Any]:
     """Choices dropped at half the mean load, and how many more than that the devices' experts were chosen for."""
     config = small_config().replace(parallel=ParallelConfig(dispatch="all_to_all", expert_capacity=0.5))
@@ -212,6 +243,8 @@ OTHERS = {
     "forward-context": lambda: forward_of(3, 13, expert=2, context=2),
     "decode": lambda: decoding(8, True, data=2, expert=2, tensor=2),
     "decode-few-rows": lambda: decoding(1, True, expert=2, tensor=4),
+    "paged": lambda: paging(expert=2, tensor=2),
+    "paged-many-heads": lambda: paging(tensor=8),
     "decode-training-rules": lambda: decoding(8, False, fsdp=2, expert=2, tensor=2),
 }
 

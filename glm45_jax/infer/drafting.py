@@ -1,0 +1,63 @@
+"""Whether drafts pay: what a step with them takes, and how many of them hold.
+
+A draft that holds is a token for the price of reading one more in the same step; the MTP layer that makes drafts, the
+further tokens' experts, and that nothing is planned ahead are what it costs. Which is more depends on the machine, the
+load and the text, so both are measured in service.
+"""
+
+from __future__ import annotations
+
+import math
+
+_SLOWLY, _QUICKLY = 0.02, 0.2  # weight of the newest, in running means of drafts and of times
+_FIRST_GUESS = 0.7
+_LEAST_CHANCE = 0.3  # that a draft must have to be read
+_MARGIN = 1.02  # by which a change of mind must pay
+_PROBE_EVERY = 16  # requests that begin without drafts, then one with them, to see how it is now
+
+
+class Drafting:
+    """For up to `most` drafts behind each token.
+
+    Attributes:
+      chance: that a draft holds where those before it do.
+      given, accepted: drafts that were read, and that held.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.chance = most, _FIRST_GUESS
+        self.given = self.accepted = 0
+        self._seconds: dict[tuple[bool, int], float] = {}
+        self._begun_without = 0
+
+    def saw(self, given: int, accepted: int) -> None:
+        """Of one sequence in one step."""
+        self.given, self.accepted = self.given + given, self.accepted + accepted
+        for held in [True] * accepted + [False] * (accepted < given):
+            self.chance += _SLOWLY * (held - self.chance)
+
+    def timed(self, rows: int, seconds: float, *, drafts: bool) -> None:
+        """How long a step of `rows` decoding sequences took."""
+        before = self._seconds.get((drafts, rows), seconds)
+        self._seconds[drafts, rows] = before + _QUICKLY * (seconds - before)
+
+    def pays(self, rows: int) -> bool:
+        """For `rows` sequences decoding together; yes, as long as it is not known."""
+        plain, drafted = (self._seconds.get((drafts, rows)) for drafts in (False, True))
+        if not self.most or plain is None or drafted is None:
+            return self.most > 0
+        return plain * sum(self.chance**i for i in range(self.most + 1)) > _MARGIN * drafted
+
+    def begins_with_drafts(self, rows: int) -> bool:
+        """Whether a sequence that comes to `rows - 1` others is to begin with drafts."""
+        if self.pays(rows):
+            return True
+        self._begun_without += 1
+        return self.most > 0 and self._begun_without % _PROBE_EVERY == 0
+
+    @property
+    def worth_reading(self) -> int:
+        """Drafts that have a fair chance."""
+        if self.chance >= 1:
+            return self.most
+        return max(1, min(self.most, int(math.log(_LEAST_CHANCE) / math.log(max(self.chance, 1e-3)))))
