@@ -239,13 +239,13 @@ class Engine:
                 self._serve()
         except BaseException as error:  # all who wait must be told
             self._failure = error
-            for request in [*self._requests.values()]:
-                request.push(Delta(finish_reason="error", error=f"the engine has failed: {error}"))
-            self._requests.clear()
         finally:
             self._ready.set()
             with self._wanted:
                 self._closing = True
+                left = [*self._requests.values(), *(m for m in self._inbox if isinstance(m, Request))]
+            for request in left:
+                request.push(Delta(finish_reason="error", error=f"the engine has failed: {self._failure}"))
 
     def _serve(self) -> None:
         dtype = self.options.cache_dtype or self.config.dtype
