@@ -65,10 +65,13 @@ def test_many_at_once_are_as_one_by_one(params, engine):
     "options",
     [
         {"temperature": [0.7, 1.0, 1.3], "seed": [3, 4, 5]},
-        {"temperature": 0.9, "top_k": [0, 5, 3], "top_p": [0.9, 1.0, 0.5], "seed": [1, 1, 1]},
+        pytest.param(
+            {"temperature": 0.9, "top_k": [0, 5, 3], "top_p": [0.9, 1.0, 0.5], "seed": [1, 1, 1]},
+            marks=pytest.mark.slow,
+        ),
         {**PENALTIES, "temperature": [0.0, 1.0, 0.0], "seed": [1, 2, 3]},
-        {"logit_bias": [{7: -math.inf, 3: 2.5}, None, {50: 100.0}]},
-        {"stop_ids": []},
+        pytest.param({"logit_bias": [{7: -math.inf, 3: 2.5}, None, {50: 100.0}]}, marks=pytest.mark.slow),
+        pytest.param({"stop_ids": []}, marks=pytest.mark.slow),
     ],
     ids=["drawn", "filtered", "penalties", "bias", "no-stop"],
 )
@@ -80,7 +83,7 @@ def test_every_way_of_choosing(params, engine, options):
         same(found, wanted)
 
 
-@pytest.mark.parametrize("pages", [14, 20])
+@pytest.mark.parametrize("pages", [14, pytest.param(20, marks=pytest.mark.slow)])
 def test_little_room_makes_requests_begin_anew(params, pages):
     small = EngineOptions(
         slots=4, cache_tokens=pages * 4, page_size=4, step_tokens=32, cache_dtype="float32", warm_up=False
@@ -146,6 +149,7 @@ def test_other_weights_are_in_force_at_once(params, engine):
     assert [g.answer for g in engine.generate_batch(asked, 8)] == before
 
 
+@pytest.mark.slow
 def test_text_and_stop_strings():
     tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
     config = small_config(num_hidden_layers=2, vocab_size=384, eos_token_id=tokenizer.eos_ids)
@@ -197,6 +201,7 @@ def test_a_failure_is_told_to_all(params):
     engine.close()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers_end_the_request_alone(params):
     broken = jax.tree.map(lambda x: x * math.nan, params)
     with Engine(broken, CONFIG, options=UNPREPARED) as engine:
@@ -206,6 +211,7 @@ def test_weights_that_are_not_numbers_end_the_request_alone(params):
         assert len(engine.submit([1, 2], 4, stop_ids=[]).result(60).answer) == 4
 
 
+@pytest.mark.slow
 def test_close_finishes_what_was_asked(params):
     engine = Engine(params, CONFIG, options=UNPREPARED)
     requests = [engine.submit([1, 2 + i], 6, stop_ids=[]) for i in range(5)]
@@ -226,7 +232,7 @@ def mtp_params():
     return random_params(MTP)
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_drafts_change_no_answer(mtp_params, drafts, monkeypatch):
     """Greedy, drawn, and with penalties and biases (which are not drafted) beside one another."""
     monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.pays", lambda self, rows: True)
@@ -249,6 +255,7 @@ def test_drafts_change_no_answer(mtp_params, drafts, monkeypatch):
     assert stats["drafts_given"] > 40 and stats["pages_in_use"] == 0
 
 
+@pytest.mark.slow
 def test_drafts_that_hold_are_accepted():
     """A model that says one token whatever it reads: all drafts of it hold."""
     params = random_params(MTP)
@@ -261,6 +268,7 @@ def test_drafts_that_hold_are_accepted():
     assert stats["drafts_accepted"] == stats["drafts_given"] == 30 and stats["steps"] == 11
 
 
+@pytest.mark.slow
 def test_drafting_ends_where_it_does_not_pay(mtp_params):
     options = EngineOptions(slots=2, cache_tokens=160, page_size=4, step_tokens=32, drafts=1, warm_up=False)
     with Engine(mtp_params, MTP, options=options) as engine:
