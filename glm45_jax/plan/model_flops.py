@@ -42,11 +42,17 @@ def train_flops(c: ModelConfig, batch_size: int, seq_len: int) -> float:
 
 
 def prefill_flops(c: ModelConfig, batch_size: int, seq_len: int) -> float:
-    """2 x active parameters x tokens, the head's for the last token of each row alone; no MTP layer."""
+    """2 x active parameters x tokens, of the head and of the last layer what the last tokens and the cache need alone.
+
+    No MTP layer.
+    """
     head = c.vocab_size * c.hidden_size
     body = active_parameters(c, mtp=False) - head
-    products = 2.0 * (body * batch_size * seq_len + head * batch_size)
-    return products + attention_flops(c, c.num_hidden_layers, batch_size * seq_len**2 / 2)
+    keys_values = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    for_last_alone = layer_parameters(c, moe=c.num_moe_layers > 0) - keys_values
+    products = body * seq_len - for_last_alone * (seq_len - 1) + head
+    pairs = (c.num_hidden_layers - 1) * seq_len**2 / 2 + seq_len
+    return 2.0 * products * batch_size + attention_flops(c, 1, batch_size * pairs)
 
 
 def decode_flops(c: ModelConfig, batch_size: int, seq_len: int) -> float:

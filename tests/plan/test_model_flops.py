@@ -40,7 +40,9 @@ def test_flops_of_steps() -> None:
     pairs = 4 * 96 * 128 * seq * seq / 2  # scores and values of one layer and sequence, forward
     assert train_flops(c, 8, seq) == 6 * active_parameters(c) * 8 * seq + 3 * 47 * 8 * pairs
     active = active_parameters(c, mtp=False)
-    assert prefill_flops(c, 8, seq) == 2 * ((active - head) * 8 * seq + head * 8) + 46 * 8 * pairs
+    of_last_tokens = LAYERS["glm-4.5-air"] - 4096 * 2 * 1024 + head  # and of the last layer all tokens' keys and values
+    products = (active - head) * seq - (of_last_tokens - head) * (seq - 1) + head
+    assert prefill_flops(c, 8, seq) == 2 * products * 8 + 8 * (45 * pairs + 4 * 96 * 128 * seq)
     assert decode_flops(c, 8, seq) == 2 * active * 8 + 46 * 8 * 4 * 96 * 128 * seq
 
 
