@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Hugging Face checkpoints in and out"),
     "generate": ("generate", "continue a prompt"),
     "chat": ("chat", "talk with a model in the terminal"),
+    "serve": ("serve", "answer over HTTP, as OpenAI's clients ask"),
     "train": ("train", "train a model from a YAML file"),
     "tokenize": ("tokenize", "text to ArrayRecord files of tokens, once for many runs"),
     "bench": ("bench", "time the kernels on the device at hand"),

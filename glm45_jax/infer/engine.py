@@ -131,6 +131,16 @@ class Engine:
 
     # --- for callers -----------------------------------------------------------------------------------------------
 
+    @property
+    def room(self) -> int:
+        """Tokens that one prompt and its answer can have together."""
+        return min(self.config.max_position_embeddings, self._width * self.options.page_size)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the engine; None while it works."""
+        return self._failure
+
     def submit(
         self,
         prompt: Seq[int],
@@ -147,7 +157,7 @@ class Engine:
         """
         self._check_alive()
         tokens = check_prompt(prompt, 0, self.config)
-        room = min(self.config.max_position_embeddings, self._width * self.options.page_size)
+        room = self.room
         if len(tokens) >= room:
             raise UserError(f"a prompt of {len(tokens)} tokens leaves no room in a cache of {room} for an answer")
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:

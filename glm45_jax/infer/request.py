@@ -55,6 +55,16 @@ class Request:
         self._changed = threading.Condition()
         self._wake: Callable[[], None] = lambda: None
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.sequence.prompt_length
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the cache already; known with the first delta."""
+        return self.sequence.found
+
     def cancel(self) -> None:
         """Ends the request soon; its pages are free for others then."""
         self._cancel(self)

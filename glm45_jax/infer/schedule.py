@@ -36,6 +36,7 @@ class Sequence:
       drafting: its tokens are drafted ahead; nothing is planned ahead either, since how many of them hold is not known.
       drafts: what may come after `tokens`.
       salt: sequences share pages with those of the same alone: only these hold what the MTP layer reads too.
+      found: tokens of the prompt that pages of others held already.
     """
 
     prompt_length: int
@@ -47,6 +48,7 @@ class Sequence:
     salt: bytes = b""
     pending: int = 0
     cached: int = 0
+    found: int = 0
     slot: int = _NOWHERE
     pages: list[int] = dataclasses.field(default_factory=list)
     digests: list[bytes] = dataclasses.field(default_factory=list)
@@ -179,6 +181,8 @@ class Scheduler:
             self.pages.release(found)
             return False
         sequence.pages, sequence.cached, sequence.registered = found, len(found) * size, len(found)
+        if len(sequence.tokens) == sequence.prompt_length:
+            sequence.found = sequence.cached
         sequence.slot = self._slots.pop()
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.number)

@@ -1,0 +1,36 @@
+"""One small random model behind the application, for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from glm45_jax.infer import Engine, EngineOptions
+from glm45_jax.serve import App, ServeOptions
+from glm45_jax.text import Tokenizer, train_tokenizer
+from tests.infer.conftest import quick_programs  # noqa: F401
+from tests.support import random_params, small_config
+
+SIZES = EngineOptions(slots=4, cache_tokens=4096, page_size=8, step_tokens=64, cache_dtype="float32", warm_up=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+
+
+@pytest.fixture(scope="package")
+def engine(tokenizer) -> Iterator[Engine]:
+    config = small_config(
+        num_hidden_layers=2, vocab_size=384, max_position_embeddings=2048, eos_token_id=tokenizer.eos_ids
+    )
+    with Engine(random_params(config), config, tokenizer=tokenizer, options=SIZES) as engine:
+        yield engine
+    stats = engine.stats()
+    assert stats["pages_in_use"] == stats["running"] == stats["waiting"] == 0
+
+
+@pytest.fixture(scope="package")
+def app(engine) -> App:
+    return App(engine, "small", ServeOptions(queue=60, max_tokens=4096))
