@@ -41,6 +41,8 @@ from glm45_jax.parallel import local
 from glm45_jax.parallel.local import SEQUENCE_AXES
 from glm45_jax.parallel.sharding import as_axes, rules_of
 
+_ROWS_WRITTEN_APART = 64
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +189,16 @@ def _attend_cached(q, k, v, layer, slots, segment_ids, kv_segment_ids):
 def _write(
     stack: Float[Array, "L B K T h"], new: Float[Array, "B K 1 h"], layer: Int[Array, ""], slots: Int[Array, " B"]
 ) -> Float[Array, "L B K T h"]:
-    """Puts one token of each row into its slot: one small update a row, which XLA does in place."""
+    """Puts one token of each row into its slot: one small update a row, which XLA does in place.
+
+    Not so in a loop inside the layers' on a tpu7x, where each would copy the whole cache.
+    """
 
     def write(row, stack):
         update = jax.lax.dynamic_index_in_dim(new, row)[None].astype(stack.dtype)
         return jax.lax.dynamic_update_slice(stack, update, (layer, row, 0, slots[row], 0))
 
-    stack = jax.lax.fori_loop(0, new.shape[0], write, stack, unroll=new.shape[0] <= 8)
+    stack = jax.lax.fori_loop(0, new.shape[0], write, stack, unroll=new.shape[0] <= _ROWS_WRITTEN_APART)
     if stack.shape[-1] % 128 == 0:  # else XLA for TPU turns a float32 cache into another layout, and back, every step
         stack = with_layout_constraint(stack, Layout(major_to_minor=tuple(range(stack.ndim))))
     return stack

@@ -18,6 +18,7 @@ from glm45_jax.model import abstract_params, param_shardings
 from glm45_jax.parallel import AXES, MeshConfig
 from glm45_jax.plan.jobs import decode_job, default_mesh, for_serving, parse_mesh, train_job
 from glm45_jax.plan.report import Job, Memory, Plan
+from glm45_jax.plan.report import plan as make_plan
 from glm45_jax.plan.search import largest_batch, meshes
 from glm45_jax.plan.slices import resolved
 from glm45_jax.train.config import TrainConfig
@@ -99,6 +100,16 @@ def test_a_step_is_compiled_for_four_chips(tmp_path: Path, program: str) -> None
     assert counted["link_bytes_per_s"] == plan["link_bytes_per_s"]
     asked, sent = (sum(p["collective_bytes"].values()) for p in (counted, plan))
     assert 0.75 < asked / sent < 1.1
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5p:2x2x2", "tpu7x:2x2x1"])
+def test_decoding_writes_into_the_cache_where_it_lies(name: str) -> None:
+    job = decode_job(get_preset("glm-4.5-air", num_hidden_layers=3, n_routed_experts=8), "air", 32, 16384)
+    found = make_plan(job, name, MeshConfig(data=1, fsdp=1, expert=2, tensor=4))
+    assert found.memory.temporaries is not None and found.memory.temporaries < found.memory.cache / 2
+    assert found.bytes < 2 * (found.memory.parameters + found.memory.cache)
 
 
 @pytest.mark.parametrize(
