@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tolerances are those of float32 on a CPU
 if os.environ["JAX_PLATFORMS"] != "cpu":  # asked for another device: what is compared with is exact there too
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
+import jax
 import pytest
 
 from tests.support import GOLDEN, Oracle, load_oracle
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """Each compiled program has a dozen memory maps, of which Linux gives a process 65,530: then compiling crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
