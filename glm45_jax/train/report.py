@@ -128,9 +128,7 @@ class Profiler:
 
     def before(self, step: int) -> None:
         if not self._running and self._first <= step <= self._last:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it hooks into every thread; one that ends meanwhile can end the process
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
