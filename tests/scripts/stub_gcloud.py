@@ -25,10 +25,10 @@ WORKERS = 2  # of a slice
 
 FAKE_GLM45 = f"""#!{sys.executable} -SE
 import json, os, sys, time
-with open(os.path.expanduser("~/glm45-calls.jsonl"), "a") as file:
-    print(json.dumps(dict(argv=sys.argv[1:], cwd=os.getcwd(), env=dict(os.environ))), file=file)
 with open(os.environ["STUB"] + "/world.json") as file:
     behaviour = json.load(file)["behaviour"]
+with open(os.path.expanduser("~/glm45-calls.jsonl"), "a") as file:
+    print(json.dumps(dict(argv=sys.argv[1:], cwd=os.getcwd(), env=dict(os.environ))), file=file)
 print("behaviour", behaviour, flush=True)
 if behaviour == "run":
     import signal
