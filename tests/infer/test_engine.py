@@ -83,7 +83,8 @@ def test_every_way_of_choosing(params, engine, options):
         same(found, wanted)
 
 
-@pytest.mark.parametrize("pages", [14, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pages", [14, 20])
 def test_little_room_makes_requests_begin_anew(params, pages):
     small = EngineOptions(
         slots=4, cache_tokens=pages * 4, page_size=4, step_tokens=32, cache_dtype="float32", warm_up=False
@@ -232,7 +233,8 @@ def mtp_params():
     return random_params(MTP)
 
 
-@pytest.mark.parametrize("drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [1, 3])
 def test_drafts_change_no_answer(mtp_params, drafts, monkeypatch):
     """Greedy, drawn, and with penalties and biases (which are not drafted) beside one another."""
     monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.pays", lambda self, rows: True)

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from glm45_jax.infer import generate
 from glm45_jax.parallel import device_in_force, make_mesh
@@ -38,6 +39,7 @@ def test_several_devices_are_left_to_the_caller() -> None:
         assert _in_force().empty
 
 
+@pytest.mark.slow
 def test_generation_makes_its_programs_for_the_device() -> None:
     config, seen = small_config(vocab_size=40), []
     with mock.patch.object(dispatch, "chip_in_force", lambda: seen.append(_in_force().size)):

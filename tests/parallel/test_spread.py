@@ -18,7 +18,7 @@ from tests.support import ROOT
 # What each program asks for, of each kind over each set of axes: one line a case. If a change of it is meant, put the
 # case's new line in; it is in the failure's message.
 COLLECTIVES = json.loads((Path(__file__).parent / "collectives.json").read_text())
-QUICK = ("a2a-chunks", "decode")
+QUICK = ("decode",)
 TOLERANCE = 2e-5  # float32, sums in another order
 _TOGETHER = 6  # cases of one process
 

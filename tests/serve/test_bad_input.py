@@ -191,6 +191,7 @@ def test_counts_without_bounds(app, field) -> None:
         refusal(app, CHAT, {"messages": HELLO, field: value})
 
 
+@pytest.mark.slow
 def test_huge_lists(engine) -> None:
     began = time.monotonic()
     small = App(engine, "small", ServeOptions(max_body_bytes=32 << 20))
