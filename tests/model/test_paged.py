@@ -60,7 +60,7 @@ def schedule(rng):
         yield step
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_cuts_give_the_whole_sequences_logits_and_drafts(seed):
     config, params, sequences, (want, want_mtp) = model()
     rng = np.random.default_rng(seed)

@@ -90,7 +90,7 @@ def test_a_command_whose_supervisor_is_gone_still_runs(worker: Worker) -> None:
     wait_for(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text())
     assert worker.state() == "running"
     worker("stop", "run")
-    assert worker.state() == "lost"
+    wait_for(lambda: worker.state() == "lost")
 
 
 def test_not_installed(worker: Worker) -> None:

@@ -100,6 +100,7 @@ def test_balance_experts_leaves_the_given_params_alone():
     np.testing.assert_array_equal(params["moe_layers"]["moe"]["router"]["bias"], np.zeros((1, 3)))
 
 
+@pytest.mark.slow
 def test_a_broken_gradient_or_a_spike_changes_nothing_but_counts():
     run = config(skip_spikes=SpikeConfig(factor=2.0, warmup=10, patience=3))
     good, _ = step_of(run)(start(run), make_batch())
