@@ -172,9 +172,8 @@ class Scheduler:
         if sequence.pending:  # of a step before it was preempted: first the token has to be known
             return False
         size = self.pages.page_size
-        sequence.digests = digests_of(
-            sequence.tokens[:-1], size, sequence.digests[: (len(sequence.tokens) - 1) // size]
-        )
+        known = sequence.digests[: (len(sequence.tokens) - 1) // size]
+        sequence.digests = digests_of(sequence.tokens[:-1], size, known, sequence.salt)
         found = self.pages.find(sequence.digests)
         needed = -(-len(sequence.tokens) // size) - len(found)
         if self.running and needed + len(self.running) > self.pages.available:

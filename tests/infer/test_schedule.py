@@ -139,6 +139,15 @@ def test_a_beginning_is_read_once():
     assert [s.tokens for s in sequences] == [answer(p, 3) for p in (prompt, [*prompt, 2], prompt[:8])]
 
 
+@pytest.mark.parametrize(("drafting", "shared"), [((), 2), ((0, 1), 2), ((0,), 0), ((1,), 0)])
+def test_pages_are_shared_with_those_that_draft_alike(drafting, shared):
+    """The MTP layer has not read the pages of a sequence that does not draft."""
+    prompt: list[int] = [1, 2, 3, 4, 1, 2, 3, 4, 1]
+    how: Any = {"pages": 20, "size": 4, "slots": 2, "tokens": 64, "luck": 1}
+    _, scheduler, _ = serve([prompt, prompt], [2, 2], [0, 5], drafting=drafting, **how)
+    assert scheduler.pages.hits == shared * 4
+
+
 def test_drafts_save_steps():
     def steps(luck, drafting=(0,)):
         how: Any = {"pages": 20, "size": 4, "slots": 1, "tokens": 64}
