@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -20,3 +21,12 @@ def circumstances(*packages: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average_at_start": os.getloadavg()[0],
     }
+
+
+def write_figures(file: Path | None, figures: Any, indent: int = 2) -> None:
+    """As JSON, whole or not at all; nowhere without a file."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_name(file.name + ".partial")
+        new.write_text(json.dumps(figures, indent=indent) + "\n")
+        os.replace(new, file)

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import random
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from circumstances import circumstances
+from circumstances import circumstances, write_figures
 from rich.console import Console
 
 from glm45_jax.data import DataConfig, SourceConfig, build_data
@@ -144,10 +143,7 @@ def main() -> None:
         for case, (config, batch) in cases(corpus, folder / "tokens").items():
             figures[case] = measure(config, folder / "tokenizer", batch, args.seconds)
             console.print(case, figures[case])
-    if args.json is not None:
-        new = args.json.with_name(args.json.name + ".partial")
-        new.write_text(json.dumps(figures, indent=2) + "\n")
-        os.replace(new, args.json)
+    write_figures(args.json, figures)
 
 
 if __name__ == "__main__":

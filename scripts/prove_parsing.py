@@ -14,7 +14,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import os
 import random
 import re
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from circumstances import circumstances
+from circumstances import circumstances, write_figures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -345,10 +344,7 @@ def main() -> None:
         figures["fuzzing"] = {"engine": "hypothesis", "inputs": inputs, "failures": 0}
     figures["fuzzing"]["seconds"] = args.seconds
     console.print("fuzzing", figures["fuzzing"])
-    if args.json is not None:
-        new = args.json.with_name(args.json.name + ".partial")
-        new.write_text(json.dumps(figures, indent=2) + "\n")
-        os.replace(new, args.json)
+    write_figures(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from circumstances import circumstances
+from circumstances import circumstances, write_figures
 from rich.console import Console
 
 from glm45_jax.config import get_preset
@@ -139,11 +139,8 @@ def main(proof: Proof) -> None:
         "theirs": {name: whole_step(variant) for name, variant in figures["variants"].items()},
         "ours": {mesh: our_step(mesh) for mesh in OUR_MESHES},
     }
-    print(text := json.dumps(figures, indent=1))
-    if proof.json is not None:
-        new = proof.json.with_name(proof.json.name + ".partial")
-        new.write_text(text + "\n")
-        new.replace(proof.json)
+    print(json.dumps(figures, indent=1))
+    write_figures(proof.json, figures, indent=1)
 
 
 def whole_step(variant: dict[str, Any]) -> float:

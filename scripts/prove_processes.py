@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from circumstances import circumstances
+from circumstances import circumstances, write_figures
 from training_runs import ROOT, Run, checkpoints, losses
 
 HEARTBEAT = 20
@@ -112,10 +112,8 @@ def main() -> None:
             assert kill["digest_after_restart"] == whole[kill["processes"]]["digest"], kill
             assert kill["losses_as_undisturbed"] and kill["seconds_until_all_had_ended"] < 60, kill
         figures["stopped_by_sigterm_to_one_of_two_and_gone_on_with_by_four"] = stopped(folder, proof.steps)
-    text = json.dumps(figures, indent=1)
-    if proof.json is not None:
-        proof.json.write_text(text + "\n")
-    print(text)
+    write_figures(proof.json, figures, indent=1)
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

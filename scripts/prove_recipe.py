@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 import xxhash
 import yaml
-from circumstances import circumstances
+from circumstances import circumstances, write_figures
 from kneser_ney import KneserNey
 from rich.console import Console
 
@@ -298,7 +298,7 @@ def main(proof: Proof) -> None:
         "steps": LAST,
     }
     print(json.dumps({key: results[key] for key in ("muon", "balance")}, indent=2), flush=True)
-    write(results, proof.json)
+    write_figures(proof.json, results)
     results["language"] = language(proof, files)
     print(json.dumps(results["language"], indent=2), flush=True)
     bits, loads = results["language"]["bits_per_byte"], results["balance"]["busiest_over_mean_of_each_layer"]
@@ -310,14 +310,8 @@ def main(proof: Proof) -> None:
     }
     results["promises_kept"] = promises = {name: bool(kept) for name, kept in promises.items()}
     print(json.dumps(promises, indent=2))
-    write(results, proof.json)
+    write_figures(proof.json, results)
     sys.exit(0 if all(promises.values()) else 1)
-
-
-def write(results: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from glm45_jax.text import Tokenizer
 
 _LEAST_TOKENS = 16  # of a step that reads prompts
 _FEW_ROWS = 4
-_MOST_BIASES = 1024  # of a request
+MOST_BIASES = 1024  # logits of a request's that have one
 _FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
@@ -71,7 +71,6 @@ class _Flight:
 
     parts: list[Part]
     requests: list[Request]
-    rows: int
     chosen: Chosen
     drafted: Drafted | None
     began: float
@@ -101,13 +100,12 @@ class Engine:
         for name in ("slots", "cache_tokens", "page_size", "step_tokens"):
             if getattr(o, name) < 1:
                 raise UserError(f"{name} is {getattr(o, name)}; it must be 1 or more")
-        if o.step_tokens < o.slots:
-            raise UserError(f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}): all decode in one step")
         if o.drafts and not config.has_mtp:
             raise UserError("this model has no MTP layer to draft with: set drafts to 0")
         if o.drafts < 0 or o.slots * (1 + o.drafts) > o.step_tokens:
             raise UserError(
-                f"drafts is {o.drafts}: step_tokens ({o.step_tokens}) must be at least slots times (1 + drafts)"
+                f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}) times (1 + drafts), and drafts "
+                f"({o.drafts}) 0 or more: all decode in one step"
             )
         self._params, self._mesh = params, jax.sharding.get_mesh()  # a thread has none of its own
         self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size)
@@ -157,19 +155,18 @@ class Engine:
         """
         self._check_alive()
         tokens = check_prompt(prompt, 0, self.config)
-        room = self.room
-        if len(tokens) >= room:
-            raise UserError(f"a prompt of {len(tokens)} tokens leaves no room in a cache of {room} for an answer")
+        if len(tokens) >= self.room:
+            raise UserError(f"a prompt of {len(tokens)} tokens leaves no room in a cache of {self.room} for an answer")
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more")
         sampling = sampling_params(1, self.config.vocab_size, None, options)
-        if sampling.bias_ids.shape[1] > _MOST_BIASES:
-            raise UserError(f"logit_bias has more than {_MOST_BIASES} entries")
+        if sampling.bias_ids.shape[1] > MOST_BIASES:
+            raise UserError(f"logit_bias has more than {MOST_BIASES} entries")
         stops = self.config.eos_token_id if stop_ids is None else stop_ids
         texts = check_stop_strings(stop_strings)
         if texts and self.tokenizer is None:
             raise UserError("stop_strings are looked for in text: give the engine its tokenizer")
-        limit = min(int(max_new_tokens), room - len(tokens))
+        limit = min(int(max_new_tokens), self.room - len(tokens))
         sequence = Sequence(len(tokens), tokens, limit, alone=sampling.uses_penalties)
         ids = frozenset(int(i) for i in np.atleast_1d(np.asarray(stops, np.int64)))
         text = StoppableText(self.tokenizer, texts) if self.tokenizer else None
@@ -331,7 +328,7 @@ class Engine:
         chosen, drafted = self._step(self._reading(parts, rows, tokens), sampling, special, most)
         self._counts["steps"] += 1
         self._counts["tokens_read"] += total
-        return _Flight(parts, requests, rows, chosen, drafted, began)
+        return _Flight(parts, requests, chosen, drafted, began)
 
     def _reading(self, parts: list[Part], rows: int, tokens: int) -> Reading:
         return Reading(**arrays_of(parts, rows, tokens, self._width, self.options.slots, self._pool.count))
@@ -356,11 +353,13 @@ class Engine:
         empty = {"bias_ids": np.zeros((rows, 0), np.int32), "bias_values": np.zeros((rows, 0), np.float32)}
         return dataclasses.replace(sampling, **empty)
 
-    def _sampling(self, requests: list[Request], rows: int) -> tuple[SamplingParams, Special | None]:
-        """Settings of the rows, and with them what only some need, where any does."""
+    def _sampling(
+        self, requests: list[Request], rows: int, special: bool = False
+    ) -> tuple[SamplingParams, Special | None]:
+        """Settings of the rows, and with them what only some need, where any does or it is asked for."""
         each = [request.sampling for request in requests] + [self._plain] * (rows - len(requests))
-        special = any(s.bias_ids.shape[1] or s.uses_penalties for s in each)
-        width = _MOST_BIASES if special else 0
+        special = special or any(s.bias_ids.shape[1] or s.uses_penalties for s in each)
+        width = MOST_BIASES if special else 0
         wide = lambda x, fill: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)  # noqa: E731
         fields = {}
         for field in dataclasses.fields(SamplingParams):
@@ -454,13 +453,8 @@ class Engine:
     def _warm_up(self) -> None:
         for most in sorted({0, self.options.drafts}):
             for rows, tokens in self._sizes(most):
-                reading, (sampling, _) = self._reading([], rows, tokens), self._sampling([], rows)
-                wide = {
-                    "bias_ids": np.full((rows, _MOST_BIASES), self.config.vocab_size, np.int32),
-                    "bias_values": np.zeros((rows, _MOST_BIASES), np.float32),
-                }
-                self._step(reading, dataclasses.replace(sampling, **wide), self._special([], rows), most)
-                self._step(reading, sampling, None, most)
+                for special in (True, False):
+                    self._step(self._reading([], rows, tokens), *self._sampling([], rows, special), most)
         jax.block_until_ready(self._pages)
 
 

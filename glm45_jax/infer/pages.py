@@ -35,11 +35,6 @@ class Pages:
         """How many can be taken."""
         return len(self._free) + len(self._idle)
 
-    @property
-    def known(self) -> int:
-        """How many hold a beginning that can be found."""
-        return len(self._page_of)
-
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """The pages of the longest known beginning; they are the caller's too from now on."""
         found: list[int] = []

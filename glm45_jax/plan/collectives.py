@@ -174,9 +174,14 @@ def _hops(pairs: np.ndarray, axes: tuple[str, ...], sizes: dict[str, int]) -> tu
     where = coordinates(pairs, sizes)
     out = []
     for a in axes:
-        away = np.abs(where[a][:, 1] - where[a][:, 0])
-        out.append(float(np.minimum(away, sizes[a] - away).mean()))
+        out.append(mean_distance(where[a], sizes[a]))
     return tuple(out)
+
+
+def mean_distance(pairs: np.ndarray, size: int) -> float:
+    """Of the two places of each pair on a ring of `size`."""
+    away = np.abs(pairs[:, 1] - pairs[:, 0])
+    return float(np.minimum(away, size - away).mean())
 
 
 # --- StableHLO -------------------------------------------------------------------------------------------------------

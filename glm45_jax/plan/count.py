@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm45_jax.plan.collectives import Collective
+from glm45_jax.plan.collectives import Collective, mean_distance
 from pallas_kernels.analysis.interpreter import UnknownValueError
 from pallas_kernels.analysis.kernel import item_bytes
 from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
@@ -285,8 +285,8 @@ class _Count(ProgramWalk):
         if not axes:
             return
         kind, group = _KINDS[eqn.primitive.name], tuple(self.axis_sizes[a] for a in axes)
-        away = [abs(b - a) for a, b in eqn.params.get("perm", ())]
-        hops = (sum(min(d, group[0] - d) for d in away) / len(away),) if away else ()
+        pairs = eqn.params.get("perm", ())
+        hops = (mean_distance(np.asarray(pairs), group[0]),) if pairs else ()
         name = f"{eqn.primitive.name}.{len(self.counts.collectives)}"
         self.counts.collectives.append(Collective(kind, axes, group, nbytes, self.times, name, hops=hops))
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine
+from glm45_jax.infer.engine import MOST_BIASES
 from glm45_jax.serve.errors import refused
 from glm45_jax.serve.fields import Fields, kind_of, read_json
-from glm45_jax.serve.options import MAX_BIASES, MAX_PROMPTS, MAX_STOP_LENGTH, MAX_STOPS, ServeOptions
+from glm45_jax.serve.options import MAX_PROMPTS, MAX_STOP_LENGTH, MAX_STOPS, ServeOptions
 from glm45_jax.serve.tools import check_tools
 from glm45_jax.text import Tokenizer
 
@@ -255,8 +256,8 @@ def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float] | None:
     bias = fields.get("logit_bias", {})
     if not isinstance(bias, dict):
         raise fields.wrong("logit_bias", f"expected an object, not {kind_of(bias)}")
-    if len(bias) > MAX_BIASES:
-        raise fields.wrong("logit_bias", f"it has {len(bias)} entries; expected {MAX_BIASES} at most")
+    if len(bias) > MOST_BIASES:
+        raise fields.wrong("logit_bias", f"it has {len(bias)} entries; expected {MOST_BIASES} at most")
     found: dict[int, float] = {}
     for token, value in bias.items():
         if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocab_size):

@@ -44,7 +44,6 @@ class ServeOptions:
 
 # Limits that no one needs to change.
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-MAX_BIASES = 1024
 MAX_TOOLS, MAX_TOOL_VALUES = 128, 10_000
 MAX_DEPTH = 64
 MAX_PATTERN_LENGTH = 1024
