@@ -116,38 +116,16 @@ def unpacked(rows: Float[Array, "M p Dp"]) -> Float[Array, "M D"]:
     return rows.reshape(rows.shape[0], -1)
 
 
-# Rounds go by in twos: the even ones have a buffer of their own and so have the odd ones. One that changed its role
-# from round to round would be copied in each, since a loop's values keep their places.
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_rounds(experts, plan: Rounds, rows, weights, matrices, journey, more):
-    sent, matrices = (rows, weights), _as_kernels_read(matrices)
-    leg = functools.partial(_leg, journey, plan=plan)
+    matrices = _as_kernels_read(matrices)
 
-    def fetch(number, into):
-        return tuple(exchange(x, here, leg(number).there, plan.axes) for x, here in zip(sent, into))
-
-    def answers_of(number, arrived):
+    def answer(arrived, groups, nothing):
         here, their_weights = arrived
-        return packed(experts(unpacked(here), their_weights, matrices, leg(number).groups, more))
+        return (packed(experts(unpacked(here), their_weights, matrices, groups, more)),), nothing
 
-    def send_back(number, answers, out):
-        return exchange(answers, out, leg(number).back, plan.axes)
-
-    def two(pair, carry):
-        even, odd, answers, out = carry
-        first, second = 2 * pair, 2 * pair + 1
-        odd, out = fetch(second, odd), send_back(first - 1, answers, out)
-        answers = answers_of(first, even)
-        even, out = fetch(second + 1, even), send_back(first, answers, out)
-        return even, odd, answers_of(second, odd), out
-
-    even, odd = _buffers(sent, plan, rows), _buffers(sent, plan, rows)
-    pairs = _count_pairs(journey, plan)
-    start = fetch(0, even), odd, *_buffers((rows,), plan, rows), _nothing_yet(rows, plan)
-    _, _, answers, out = jax.lax.fori_loop(0, pairs, two, start)
-    return send_back(2 * pairs - 1, answers, out)
+    (answers,), _ = _travel((rows, weights), (rows,), answer, (), journey, plan)
+    return answers
 
 
 def _fwd(experts, plan, *args):
@@ -156,42 +134,53 @@ def _fwd(experts, plan, *args):
 
 def _bwd(experts, plan: Rounds, residuals, dout):
     rows, weights, matrices, journey, more = residuals
-    sent, matrices = (rows, weights, dout), _as_kernels_read(matrices)
-    leg = functools.partial(_leg, journey, plan=plan)
+    matrices = _as_kernels_read(matrices)
 
-    def fetch(number, into):
-        return tuple(exchange(x, here, leg(number).there, plan.axes) for x, here in zip(sent, into))
-
-    def gradients_of(number, arrived, dmatrices):
+    def gradients(arrived, groups, dmatrices):
         here, their_weights, dhere = arrived
-        run = lambda *args: experts(*args, leg(number).groups, more)  # noqa: E731
+        run = lambda *args: experts(*args, groups, more)  # noqa: E731
         drows, dweights, here_too = jax.vjp(run, unpacked(here), their_weights, matrices)[1](unpacked(dhere))
         return (packed(drows), dweights), jax.tree.map(jnp.add, dmatrices, here_too)
 
-    def send_back(number, gradients, sums):
-        return tuple(exchange(x, into, leg(number).back, plan.axes) for x, into in zip(gradients, sums))
-
-    def two(pair, carry):
-        even, odd, gradients, sums, dmatrices = carry
-        first, second = 2 * pair, 2 * pair + 1
-        odd, sums = fetch(second, odd), send_back(first - 1, gradients, sums)
-        gradients, dmatrices = gradients_of(first, even, dmatrices)
-        even, sums = fetch(second + 1, even), send_back(first, gradients, sums)
-        gradients, dmatrices = gradients_of(second, odd, dmatrices)
-        return even, odd, gradients, sums, dmatrices
-
-    even, odd = _buffers(sent, plan, rows), _buffers(sent, plan, rows)
-    pairs = _count_pairs(journey, plan)
-    sums = tuple(_nothing_yet(x, plan) for x in sent[:2])
-    gradients, dmatrices = _buffers(sent[:2], plan, rows), jax.tree.map(jnp.zeros_like, matrices)
-    start = fetch(0, even), odd, gradients, sums, dmatrices
-    _, _, gradients, sums, dmatrices = jax.lax.fori_loop(0, pairs, two, start)
-    drows, dweights = send_back(2 * pairs - 1, gradients, sums)
+    none = jax.tree.map(jnp.zeros_like, matrices)
+    (drows, dweights), dmatrices = _travel((rows, weights, dout), (rows, weights), gradients, none, journey, plan)
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (journey, more))
     return drows, dweights, dmatrices, *no_gradient
 
 
 _in_rounds.defvjp(_fwd, _bwd)
+
+
+# Rounds go by twos: the even ones have a buffer of their own and so have the odd ones. One that changed its role
+# from round to round would be copied in each, since a loop's values keep their places.
+
+
+def _travel(sent, back, work, state, journey: Journey, plan: Rounds):
+    """Sends rows of all arrays `sent`; `work(arrived, groups, state)` gives what returns of them, and the next state.
+
+    Returns arrays like `back` of what has returned, and the last state.
+    """
+    leg = functools.partial(_leg, journey, plan=plan)
+
+    def fetch(number, into):
+        return tuple(exchange(x, here, leg(number).there, plan.axes) for x, here in zip(sent, into))
+
+    def send_back(number, answers, out):
+        return tuple(exchange(x, into, leg(number).back, plan.axes) for x, into in zip(answers, out))
+
+    def two(pair, carry):
+        even, odd, answers, out, state = carry
+        first, second = 2 * pair, 2 * pair + 1
+        odd, out = fetch(second, odd), send_back(first - 1, answers, out)
+        answers, state = work(even, leg(first).groups, state)
+        even, out = fetch(second + 1, even), send_back(first, answers, out)
+        answers, state = work(odd, leg(second).groups, state)
+        return even, odd, answers, out, state
+
+    even, odd, answers = (_buffers(arrays, plan, sent[0]) for arrays in (sent, sent, back))
+    pairs, out = _count_pairs(journey, plan), tuple(_nothing_yet(x, plan) for x in back)
+    _, _, answers, out, state = jax.lax.fori_loop(0, pairs, two, (fetch(0, even), odd, answers, out, state))
+    return send_back(2 * pairs - 1, answers, out), state
 
 
 def _as_kernels_read(matrices: Any) -> Any:
