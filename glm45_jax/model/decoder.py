@@ -283,16 +283,24 @@ def mtp_hidden(
     rows_seen = sequence_of(*rows, config)
 
     def run(layer, h):
-        layer = whole(layer, config, {name: param_axes(config)["mtp"][name] for name in layer})
-        module = merge_outer(config, {**outer, "mtp": {**tables, **layer}}).mtp
+        module = mtp_module(params, layer, config)
         z = mtp_input(module, config, h, embed(mtp_embed_weight(params, config), next_tokens, config))
         z, routing = block(module.block, config, z, rows_seen)
         return rms_norm(z, module.norm.scale[...], config.rms_norm_eps), routing
 
+    return remat(run, config)(mtp_layer(params), hidden)
+
+
+def mtp_layer(params: Params) -> Params:
+    """The MTP layer's parameters but for its embedding and head, where it has its own."""
+    return {name: value for name, value in params["mtp"].items() if name not in ("embed", "head")}
+
+
+def mtp_module(params: Params, layer: Params, config: ModelConfig) -> Any:
+    """The MTP layer's module from what `mtp_layer` gives, gathered."""
     outer = {k: v for k, v in params.items() if k not in stacked_kinds(config)}
-    tables = {name: params["mtp"][name] for name in ("embed", "head") if name in params["mtp"]}
-    layer = {name: value for name, value in params["mtp"].items() if name not in tables}
-    return remat(run, config)(layer, hidden)
+    layer = whole(layer, config, {name: param_axes(config)["mtp"][name] for name in layer})
+    return merge_outer(config, {**outer, "mtp": {**params["mtp"], **layer}}).mtp
 
 
 def mtp_input(

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.model.decode import cached_block, cached_layers, own_logits
-from glm45_jax.model.decoder import embed, head_logits, mtp_embed_weight, mtp_input
+from glm45_jax.model.decoder import embed, head_logits, mtp_embed_weight, mtp_input, mtp_layer, mtp_module
 from glm45_jax.model.layers import rms_norm, rotary_tables
 from glm45_jax.model.over_mesh import mesh_in_force, shard_map
-from glm45_jax.model.params import Params, merge_outer, param_axes, param_specs, stacked_kinds, whole
+from glm45_jax.model.params import Params, param_specs, whole
 from pallas_kernels import paged_attention
 
 
@@ -97,11 +97,7 @@ def mtp_paged_step(
         raise UserError("this model has no MTP layer (num_nextn_predict_layers is 0)")
 
     def run(params, pages, batch, hidden, wanted):
-        outer = {k: v for k, v in params.items() if k not in stacked_kinds(config)}
-        axes = param_axes(config)["mtp"]
-        tables = {name: outer["mtp"][name] for name in ("embed", "head") if name in outer["mtp"]}
-        layer = {name: whole(x, config, axes[name]) for name, x in outer["mtp"].items() if name not in tables}
-        module = merge_outer(config, {**outer, "mtp": {**tables, **layer}}).mtp
+        module = mtp_module(params, mtp_layer(params), config)
         z = mtp_input(module, config, hidden[None], embed(mtp_embed_weight(params, config), batch.tokens[None], config))
         rotary = rotary_tables(config, batch.positions()[None])
         z, pages = cached_block(
