@@ -13,7 +13,7 @@ def forward(lhs, weights, scales, groups, *, transpose_rhs, keep_products):
     """[M, F]; or, to keep for the backward pass, the two products. See `api`."""
     if not keep_products:
         try:
-            return [native.grouped(lhs, weights, scales, groups, transpose_rhs=transpose_rhs, dtype=lhs.dtype)]
+            return (native.grouped(lhs, weights, scales, groups, transpose_rhs=transpose_rhs, dtype=lhs.dtype),)
         except NotImplementedError:
             pass
     return in_xla["forward"](lhs, weights, scales, groups, transpose_rhs=transpose_rhs, keep_products=keep_products)

@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **attributes: Any) -> Any:
-    """One of the functions, on arrays.
+    """One of the functions, on arrays, of which all must vary over the same mesh axes; the results do too.
 
     Args:
-      results: shapes and dtypes. They vary over mesh axes as the arguments do.
+      results: shapes and dtypes.
       aliases: arguments whose memory a result takes over.
 
     Raises:
@@ -40,7 +40,9 @@ def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | No
     """
     if not available():
         raise NotImplementedError("no native code on this machine")
-    return jax.ffi.ffi_call(name, results, input_output_aliases=aliases)(*args, **attributes)
+    out = jax.ffi.ffi_call(name, results, input_output_aliases=aliases)(*args, **attributes)
+    axes = tuple(jax.typeof(args[0]).manual_axis_type.varying)
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), out) if axes else out
 
 
 @functools.cache

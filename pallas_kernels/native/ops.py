@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic import kernel_output, varying_alike
+from pallas_kernels.mosaic import varying_alike
 from pallas_kernels.native import call
 
 _READ = (jnp.float32, jnp.bfloat16)
@@ -21,7 +21,7 @@ def fused_moe(x, matrices, scales, indices, weights, offset, layer, *, transpose
     _check(matrices, scales, transpose_rhs, x)
     places = jnp.stack([layer, jnp.int32(0) if offset is None else offset])
     args = varying_alike(_float32(x), *matrices, indices, weights, places)
-    return call("glm45_fused_moe", kernel_output(x.shape, jnp.float32, args[0]), *args).astype(x.dtype)
+    return call("glm45_fused_moe", jax.ShapeDtypeStruct(x.shape, jnp.float32), *args).astype(x.dtype)
 
 
 def grouped(lhs, matrices: Sequence[jax.Array], scales, groups, *, transpose_rhs, dtype: Any) -> jax.Array:
@@ -33,7 +33,7 @@ def grouped(lhs, matrices: Sequence[jax.Array], scales, groups, *, transpose_rhs
     second = matrices[1] if len(matrices) == 2 else jnp.zeros(0)
     args = varying_alike(_float32(lhs), matrices[0], second, sizes, jnp.stack([layer, first_row]))
     shape = lhs.shape[0], matrices[0].shape[-2]
-    return call("glm45_grouped", kernel_output(shape, jnp.float32, args[0]), *args).astype(dtype)
+    return call("glm45_grouped", jax.ShapeDtypeStruct(shape, jnp.float32), *args).astype(dtype)
 
 
 def paged_attention(q, k, v, pages, page_table, lengths, starts, layer, kv_scale, *, scale) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ def paged_attention(q, k, v, pages, page_table, lengths, starts, layer, kv_scale
     if kv_scale is not None or pages.dtype not in _READ:
         raise NotImplementedError("quantised pages")
     args = varying_alike(*map(_float32, (q, k, v)), pages, page_table, lengths, starts, layer.reshape(1))
-    results = kernel_output(q.shape, jnp.float32, args[0]), kernel_output(pages.shape, pages.dtype, args[0])
+    results = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(pages.shape, pages.dtype)
     out, pages = call("glm45_paged_attention", results, *args, aliases={3: 1}, scale=np.float32(scale))
     return out.astype(q.dtype), pages
 
