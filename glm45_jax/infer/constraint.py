@@ -16,7 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from glm45_jax.infer.grammar import Matcher
+from glm45_jax.config import ModelConfig
+from glm45_jax.errors import UserError
+from glm45_jax.infer.grammar import Grammar, Grammars, Matcher
 from glm45_jax.text import Tokenizer
 from glm45_jax.text.byte_level import token_to_bytes
 
@@ -222,6 +224,36 @@ class Constraint:
         if thought.place == "gap" and self._masks.newline >= 0:
             mask[self._masks.newline // 32] |= np.uint32(1 << self._masks.newline % 32)
         return mask
+
+
+class Constraints:
+    """Makes the constraints of one engine's requests."""
+
+    def __init__(self, tokenizer: Tokenizer | None, config: ModelConfig):
+        self._tokenizer, self._vocab_size = tokenizer, config.vocab_size
+        self._end_ids = tuple(config.eos_token_id or (tokenizer.eos_ids if tokenizer else ()))
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Raises `UserError` without a tokenizer."""
+        if self._tokenizer is None or not self._end_ids:
+            raise UserError("grammars are of text that ends: give the engine its tokenizer")
+        return Grammars(self._tokenizer, self._end_ids)
+
+    @functools.cached_property
+    def _masks(self) -> ThoughtMasks:
+        if self._tokenizer is None:
+            raise UserError("thoughts are of text: give the engine its tokenizer")
+        return ThoughtMasks(self._tokenizer, self._vocab_size, self._end_ids)
+
+    def make(self, grammar: Grammar | None, thought: Place, budget: int | None) -> Constraint | None:
+        """None where there is nothing to keep to. Raises `UserError` for a budget below 0."""
+        if budget is not None and budget < 0:
+            raise UserError(f"thought_budget is {budget}; it must be 0 or more")
+        if grammar is None and (budget is None or thought in ("gap", "after")):
+            return None
+        matcher = grammar.matcher() if grammar is not None else None
+        return Constraint(Thought(thought, budget), self._masks, matcher, self._end_ids)
 
 
 def _holds(mask: np.ndarray | None, token: int) -> bool:
