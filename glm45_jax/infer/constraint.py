@@ -156,7 +156,8 @@ class Constraint:
     def fill(self, rows: np.ndarray, drafts: Sequence[int]) -> None:
         """Writes what may come now, and after each draft as far as they are allowed, into rows [C, V/32].
 
-        Rows behind a draft that is not allowed are left as they are: no one reads what is chosen there.
+        Rows behind a draft that is not allowed, or ends the answer, are left as they are: no one reads what is
+        chosen there. (llguidance does not count an end among the tokens that it takes back.)
         """
         thought, taken = self._thought, 0
         for i, row in enumerate(rows[: len(drafts) + 1]):
@@ -164,7 +165,7 @@ class Constraint:
             if mask is not None:
                 row[:] = 0
                 row[: len(mask)] = mask
-            if i == len(drafts) or self._failed or not _holds(mask, drafts[i]):
+            if i == len(drafts) or self._failed or drafts[i] in self._end_ids or not _holds(mask, drafts[i]):
                 break
             if self._uses_matcher(thought, drafts[i]):
                 assert self._matcher is not None
@@ -185,20 +186,15 @@ class Constraint:
         """The token that was chosen; sets `error` where it is not allowed."""
         if self.error:
             return
-        allowed = self._follows_grammar or _holds(self._mask(self._thought), token)
-        if allowed and self._uses_matcher(self._thought, token):
-            assert self._matcher is not None
-            allowed = self._matcher.take(token)
-            self.ended = allowed and token in self._end_ids
-        if not allowed:
+        if not _holds(self._mask(self._thought), token):
             self.error = "no token is left to choose that the grammar allows; logit_bias may have banned them"
             return
+        if self._uses_matcher(self._thought, token):
+            assert self._matcher is not None
+            if not self._matcher.take(token):
+                self.error = f"the grammar cannot go on: {self._matcher.error}"
+            self.ended = token in self._end_ids
         self._thought = self._thought.after(token, self._masks, self._matcher is not None)
-
-    @property
-    def _follows_grammar(self) -> bool:
-        """The matcher alone decides what is allowed."""
-        return self._matcher is not None and self._thought.place == "after"
 
     def _uses_matcher(self, thought: Thought, token: int) -> bool:
         """Whether a token is the grammar's, not the thought's nor the gap's."""
