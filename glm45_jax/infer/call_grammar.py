@@ -78,7 +78,7 @@ def calls_source(
     required: bool = True,
     parallel: bool = True,
     strict: bool = False,
-    content: Mapping[str, Any] | None = None,
+    content: str | None = None,
 ) -> str:
     """The source of a grammar for calls of these tools.
 
@@ -88,7 +88,7 @@ def calls_source(
       required: at least one call and nothing else; otherwise text may stand before, between and after calls.
       parallel: several calls may come.
       strict: of all tools, whether they say so or not: refuse what cannot be enforced, and allow no other parameters.
-      content: in place of text, JSON by this schema; then it is either that or calls.
+      content: the source of a grammar for an answer in place of text: it is either that or calls.
 
     Raises:
       UserError: a schema that is too large, or that cannot be enforced in a strict tool.
@@ -105,11 +105,11 @@ def calls_source(
     if required:
         start = calls
     elif content is not None:
-        start = f"{calls} | %json {json.dumps(content, ensure_ascii=False)}"
+        start = f"{calls} | @content"
     else:
         start = "(TEXT? call)* TEXT?" if parallel else "TEXT? call TEXT? | TEXT"
     head = [f"start: {start}", f"call: <tool_call> ({' | '.join(names)}) </tool_call>"]
-    return lark_source("\n".join([*head, *lines]) + "\n" + _TERMINALS)
+    return lark_source("\n".join([*head, *lines]) + "\n" + _TERMINALS, content=None if required else content)
 
 
 class _Tool:
@@ -145,8 +145,9 @@ class _Tool:
         others = {name: True for name in required if name not in properties}
         if others and self._strict:
             raise self._wrong("parameters", f"it requires {next(iter(others))!r}, which it does not describe")
-        if not properties and not self._strict and schema.get("additionalProperties") is not False:
-            return f"({self._pair('KEY', 'ANY')})*" if not others else self._pairs(others, required)
+        extra = schema.get("additionalProperties", bool(schema) and "properties" not in schema)
+        if not properties and not others and not self._strict and extra is not False:
+            return f"({self._pair('KEY', 'ANY')})*"  # any arguments; without a schema there are none
         return self._pairs({**properties, **others}, required)
 
     def _pairs(self, properties: Mapping[str, Any], required: Sequence[str]) -> str:

@@ -56,6 +56,11 @@ class ThoughtMasks:
         return self.only(self.closes)
 
     @functools.cached_property
+    def closed(self) -> np.ndarray:
+        """Anything but another thought."""
+        return ~self.only(self.opens)
+
+    @functools.cached_property
     def open(self) -> np.ndarray:
         return self.only(self.opens, self.newline)
 
@@ -111,13 +116,12 @@ class Thought:
                 return dataclasses.replace(self, place="after")
             left = None if self.left is None else max(self.left - 1, 0)
             return dataclasses.replace(self, left=left, tail=_tail(self.tail, token, masks) if spelled else b"")
-        if self.place != "after" and not spelled:  # what `text.parsing` takes for the (next) thought's beginning
-            if token == masks.opens:
-                return dataclasses.replace(self, place="inside")
-            if masks.is_blank(token):
-                return self
+        if self.place == "before" and token == masks.opens:
+            return dataclasses.replace(self, place="inside")
         if self.place == "before" and spelled:
-            return dataclasses.replace(self, place="inside" if token == masks.opens else "before", newline=True)
+            return dataclasses.replace(self, newline=True)
+        if self.place != "after" and not spelled and masks.is_blank(token):  # `text.parsing` skips blanks too
+            return self
         return dataclasses.replace(self, place="after")
 
 
@@ -209,7 +213,7 @@ class Constraint:
         if thought.place == "inside" and thought.left == 0:
             return self._masks.close
         if self._matcher is None:
-            return None
+            return self._masks.closed if thought.place == "gap" else None
         if thought.place == "before":
             return self._masks.open_now if thought.newline else self._masks.open
         if thought.place == "inside":

@@ -100,9 +100,10 @@ def choice_source(choices: Sequence[str]) -> str:
     return lark_source("start: " + " | ".join(literal(choice) for choice in choices))
 
 
-def lark_source(lark: str) -> str:
-    """A grammar in llguidance's variant of Lark."""
-    return _source({"lark_grammar": lark})
+def lark_source(lark: str, **others: str | None) -> str:
+    """A grammar in llguidance's variant of Lark; `@name` in it stands for another source of that name."""
+    named = [json.loads(source)["grammars"][0] | {"name": name} for name, source in others.items() if source]
+    return _source({"lark_grammar": lark}, *named)
 
 
 def grammar_source(text: str) -> str:
@@ -122,8 +123,8 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _source(grammar: Mapping[str, Any]) -> str:
-    return json.dumps({"grammars": [grammar]}, ensure_ascii=False)
+def _source(*grammars: Mapping[str, Any]) -> str:
+    return json.dumps({"grammars": grammars}, ensure_ascii=False)
 
 
 class Grammar:

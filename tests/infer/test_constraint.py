@@ -327,9 +327,7 @@ def test_a_budget_without_a_grammar_ends_with_the_thought() -> None:
         constraint.take(token)
     assert allowed(constraint) == [{CLOSE}] and not constraint.done
     constraint.take(CLOSE)
-    assert not constraint.done and len(allowed(constraint)[0]) == 384
-    constraint.take(OPEN)  # a thought that goes on has no more room
-    assert allowed(constraint) == [{CLOSE}]
-    for token in (CLOSE, *spelled(" Hello")):
+    assert not constraint.done and {*range(384)} - allowed(constraint)[0] == {OPEN}  # once is enough
+    for token in [*spelled("\n Hello")]:
         constraint.take(token)
     assert constraint.done and constraint.error is None

@@ -360,8 +360,9 @@ def test_text_beside_calls_that_are_strict() -> None:
     matcher = grammar.matcher()
     assert all(matcher.take(token) for token in spelled[:-1]) and not matcher.take(spelled[-1])
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
-    either = GRAMMARS.compile(calls_source(tools, newlines=True, required=False, content=schema))
-    assert accepts(either, '{"a": 1}') and accepts(either, good) and not accepts(either, "Hello.")
+    for source, right in ((json_source(schema), '{"a": 1}'), (regex_source("ab?"), "ab")):
+        either = GRAMMARS.compile(calls_source(tools, newlines=True, required=False, content=source))
+        assert accepts(either, right) and accepts(either, good) and not accepts(either, "Hello.")
 
 
 @pytest.mark.parametrize(
@@ -390,3 +391,6 @@ def test_tools_that_are_not_strict_leave_it_out() -> None:
     assert accepts(grammar, call(("x", "[1, 1]"))) and not accepts(grammar, call(("x", "1")))
     free = GRAMMARS.compile(calls_source([tool({"type": "object"})], newlines=True))
     assert accepts(free, call(("any", "5"), ("thing", "x"))) and accepts(free, call())
+    for nothing in (None, {}, {"type": "object", "properties": {}}):
+        none = GRAMMARS.compile(calls_source([tool(nothing)], newlines=True))
+        assert accepts(none, call()) and not accepts(none, call(("any", "5")))
