@@ -484,6 +484,7 @@ class Engine:
             for rows, tokens in self._sizes(most):
                 for kind in KINDS:
                     self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
+        self._constraints.prepare()
         jax.block_until_ready(self._pages)
 
 
