@@ -313,6 +313,7 @@ def test_each_kind_of_value(leaf) -> None:
     ("schema", "good", "bad"),
     [
         ({"type": ["integer", "string"]}, ["5", "-7", "5 km", "true", "[5]"], ["5.5", " 5", "05", '"5"']),
+        ({"type": ["number", "string"]}, ["1.5", "-2e5", "x1", "1 2 x"], ["1.5 ", "007", "\u00a05", "1e999"]),
         ({"type": ["string", "null"]}, ["null", "nulls", "", "5"], [" null"]),
         ({"enum": ["x", 1, None, {"k": [1]}]}, ["x", "1", "null", '{"k": [1]}'], ["2", '"x"', "X", ""]),
         ({"enum": ["5", 5, "null", None, True]}, ["5", "null", "true"], []),
