@@ -215,6 +215,8 @@ class _Tool:
             raise self._wrong(key, "its schema is no object, allows nothing, or refers to itself without end")
         words = schema.keys() & _WORDS
         kind = schema.get("type")
+        if not all(isinstance(name, str | None) for name in (kind if isinstance(kind, list) else [kind])):
+            raise self._wrong(key, "its type must be a name or a list of names")
         if "$ref" in words:
             found = referred(schema["$ref"], self._root)
             if found is None or (len(words) > 1 and self._strict):
@@ -301,7 +303,7 @@ class _Tool:
         if isinstance(schema.get("pattern"), str):
             found.append(f"/{_searched(schema['pattern'])}/")
         form = schema.get("format")
-        if form in _FORMATS:
+        if isinstance(form, str) and form in _FORMATS:
             found.append(f"/{_FORMATS[form]}/")
         elif form is not None and self._strict:
             raise self._wrong(key, f"the format {str(form)[:40]!r} cannot be enforced; {', '.join(_FORMATS)} can")

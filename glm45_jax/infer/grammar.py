@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import functools
 import json
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -80,10 +79,11 @@ def check_schema_size(schema: Mapping[str, Any]) -> None:
 
 
 def _check_multiple(of: Any) -> None:
-    if isinstance(of, int | float):
-        digits = "".join(map(str, Decimal(str(of)).normalize().as_tuple().digits)) if math.isfinite(of) else "9" * 9
-        if int(digits) > _MOST_MULTIPLE or abs(of) > _MOST_MULTIPLE:
-            raise UserError(f"multipleOf {of} cannot be enforced: too many digits")
+    if isinstance(of, bool) or not isinstance(of, int | float):
+        return
+    digits = Decimal(str(of)).normalize().as_tuple().digits if abs(of) <= _MOST_MULTIPLE else ()
+    if not digits or int("".join(map(str, digits))) > _MOST_MULTIPLE:
+        raise UserError(f"a multipleOf of more than {_MOST_MULTIPLE}, counted in its last digit, cannot be enforced")
 
 
 def regex_source(regex: str) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer.call_grammar import calls_source
@@ -133,7 +135,9 @@ def test_control_tokens_are_no_text() -> None:
         (lambda: json_source({"properties": {str(i): {} for i in range(20_000)}}), "more than 10000 values"),
         (lambda: regex_source("((("), "cannot be compiled"),
         (lambda: regex_source("a" * 5000), "5000 characters"),
-        (lambda: json_source({"type": "integer", "multipleOf": 999_983}), "too many digits"),
+        (lambda: json_source({"type": "integer", "multipleOf": 999_983}), "multipleOf of more than 2000"),
+        (lambda: json_source({"type": "integer", "multipleOf": 10**5000}), "multipleOf of more than 2000"),
+        (lambda: json_source({"type": "number", "multipleOf": 0.12345}), "multipleOf of more than 2000"),
         (lambda: json_source({"$ref": "#"}), "allows nothing"),
         (lambda: lark_source("start: nothing"), "cannot be compiled"),
         (lambda: lark_source('start: "' + "a" * 300_000 + '"'), "larger than"),
@@ -405,6 +409,32 @@ def test_strict_tools_refuse_what_cannot_be_enforced(schema, message) -> None:
     parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
     with pytest.raises(UserError, match=message):
         GRAMMARS.compile(calls_source([tool(parameters, strict=True)], newlines=True))
+
+
+WORDS = (
+    "type properties required items enum const anyOf oneOf allOf $ref minLength pattern format minimum multipleOf not "
+    "additionalProperties nullable prefixItems $defs"
+).split()
+SCALARS = ["string", "integer", "object", "array", "null", "#", "#/properties/a", "date", "^a", "(", "a|b$", '"q"', ""]
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10) | st.floats(allow_nan=False) | st.sampled_from(SCALARS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=15,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(properties=st.dictionaries(st.sampled_from(["a", "b c", "<", ""]), ODD, max_size=3), strict=st.booleans())
+def test_any_schema_is_kept_to_or_refused(properties, strict) -> None:
+    schema = {"type": "object", "properties": properties, "required": ["a"]}
+    tools = [tool(schema, strict=strict)]
+    try:
+        grammar = GRAMMARS.compile(calls_source(tools, newlines=True))
+    except UserError:
+        return
+    for found in parse_output(walk(grammar, random.Random(0)), tools, thinking=False).tool_calls:
+        if strict:
+            jsonschema.Draft202012Validator(schema).validate(found.arguments)
 
 
 def test_tools_that_are_not_strict_leave_it_out() -> None:
