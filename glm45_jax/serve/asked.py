@@ -80,7 +80,11 @@ class ChatAsked(Asked):
 
 def read_chat(model: Model, body: bytes) -> ChatAsked:
     """A body of POST /v1/chat/completions. Raises `ApiError`."""
-    fields = Fields(read_json(body))
+    return chat_of(model, Fields(read_json(body)))
+
+
+def chat_of(model: Model, fields: Fields) -> ChatAsked:
+    """What the fields of a chat request ask for, wherever they come from. Raises `ApiError`."""
     prompt, tools = _conversation(model, fields)
     wanted = fields.boolean("logprobs")
     if fields.integer("top_logprobs", 0, 0, 20):

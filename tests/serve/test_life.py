@@ -182,7 +182,7 @@ def locked(engine) -> App:
 ROUTES = [
     ("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
     ("GET", "/metrics"), ("GET", "/ready"), ("GET", "/nothing"), ("OPTIONS", CHAT), ("GET", "/health/"),
-    ("GET", "//health"), ("GET", "/HEALTH"),
+    ("GET", "http://test//health"), ("GET", "/HEALTH"),
 ]  # fmt: skip
 
 
@@ -200,7 +200,9 @@ def test_every_route_but_one_needs_a_key(locked, method, path) -> None:
         [("authorization", "Bearer wrong")], [("authorization", "right")], [("authorization", "Basic right")],
         [("authorization", "Bearer right right")], [("authorization", b"Bearer \xff\xfe")],
         [("authorization", "Bearer right"), ("authorization", "Bearer right")],
-        [("authorization", "Bearer " + "x" * 9000)], [("x-api-key", "right")],
+        [("authorization", "Bearer " + "x" * 9000)], [("x-api-key", "")], [("x-api-key", "Bearer right")],
+        [("x-api-key", "right"), ("x-api-key", "right")], [("x-api-key", b"\xff")],
+        [("authorization", "Bearer right"), ("authorization", "Bearer x"), ("x-api-key", "right")],
     ],
     ids=lambda headers: str(headers)[:50],
 )  # fmt: skip
@@ -211,6 +213,8 @@ def test_wrong_keys(locked, headers) -> None:
 
 def test_right_keys(locked) -> None:
     assert ask(locked, "/v1/models", headers={"Authorization": "Bearer right"}).status_code == 200
+    assert ask(locked, "/v1/models", headers={"x-api-key": "right"}).status_code == 200
+    assert ask(locked, "/v1/models", headers={"x-api-key": "right", "authorization": "Bearer x"}).status_code == 200
     key = "bearer schlüssel".encode()
     assert ask(locked, "/v1/models", headers=[(b"authorization", key)]).status_code == 200
 
