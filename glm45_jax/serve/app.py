@@ -22,13 +22,16 @@ from glm45_jax.serve.asked import Model, read_chat, read_completion
 from glm45_jax.serve.chat import ChatWriter
 from glm45_jax.serve.completions import CompletionWriter
 from glm45_jax.serve.errors import ApiError
-from glm45_jax.serve.forms import ANTHROPIC, form_of
+from glm45_jax.serve.forms import ANTHROPIC, TYPED, form_of
 from glm45_jax.serve.guard import Guard
 from glm45_jax.serve.messages import AnthropicWriter, count_tokens, read_anthropic
 from glm45_jax.serve.metrics import Metrics
 from glm45_jax.serve.options import ServeOptions
 from glm45_jax.serve.record import record_of
+from glm45_jax.serve.responses import ResponseWriter
+from glm45_jax.serve.responses_asked import read_response
 from glm45_jax.serve.service import Service
+from glm45_jax.serve.stored import Store
 from glm45_jax.serve.tokens import detokenize, tokenize
 
 
@@ -53,7 +56,8 @@ class App:
         model = Model(name, engine, engine.tokenizer, options)
         self.gate = Gate(engine.options.slots + options.queue)
         service, metrics = Service(model, self.gate), Metrics(engine, self.gate)
-        routes = _routes(service, metrics)
+        store = Store(options.store_bytes)
+        routes = _answering(service, store) + _kept(store) + _about(service, metrics)
         errors: dict[Any, Any] = {
             ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _own_fault,
         }  # fmt: skip
@@ -65,7 +69,9 @@ class App:
         await self._app(scope, receive, send)
 
 
-def _routes(service: Service, metrics: Metrics) -> list[Route]:
+def _answering(service: Service, store: Store) -> list[Route]:
+    """The routes that the engine works for, and those that prepare what they are asked."""
+
     async def chat(request: Request) -> Response:
         return await service.answer(request, read_chat, ChatWriter)
 
@@ -74,6 +80,40 @@ def _routes(service: Service, metrics: Metrics) -> list[Route]:
 
     async def messages(request: Request) -> Response:
         return await service.answer(request, read_anthropic, AnthropicWriter, ANTHROPIC)
+
+    async def responses(request: Request) -> Response:
+        read, writer = functools.partial(read_response, store), functools.partial(ResponseWriter, store)
+        return await service.answer(request, read, writer, TYPED)
+
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", _in_a_thread(service, count_tokens), methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/tokenize", _in_a_thread(service, tokenize), methods=["POST"]),
+        Route("/detokenize", _in_a_thread(service, detokenize), methods=["POST"]),
+    ]
+
+
+def _kept(store: Store) -> list[Route]:
+    """Answers that were kept."""
+
+    async def response(request: Request) -> Response:
+        name = request.path_params["name"]
+        stored = store.get(name)
+        if stored is None:
+            raise ApiError(404, "there is no such answer; only those asked for with store: true are kept for a while")
+        if request.method == "DELETE":
+            store.drop(name)
+            return JSONResponse({"id": name, "object": "response", "deleted": True})
+        return JSONResponse(stored.response)
+
+    return [Route("/v1/responses/{name}", response, methods=["GET", "DELETE"])]
+
+
+def _about(service: Service, metrics: Metrics) -> list[Route]:
+    """The model, and how the server is."""
 
     async def models(request: Request) -> Response:
         card = _card(service)
@@ -97,14 +137,8 @@ def _routes(service: Service, metrics: Metrics) -> list[Route]:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/messages", messages, methods=["POST"]),
-        Route("/v1/messages/count_tokens", _in_a_thread(service, count_tokens), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
-        Route("/tokenize", _in_a_thread(service, tokenize), methods=["POST"]),
-        Route("/detokenize", _in_a_thread(service, detokenize), methods=["POST"]),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", scrape),

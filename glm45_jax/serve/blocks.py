@@ -35,12 +35,16 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What happens to a block: it begins, grows by a piece, or ends. The very first step has no block: all begins."""
+    """What happens to a block: it begins, grows by a piece, or ends, and with the last one the turn.
+
+    The very first step has no block: the first token has come.
+    """
 
     what: Literal["start", "begin", "grow", "end"]
     block: Block | None = None
     piece: str = ""
     logprobs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    last: bool = False
 
     @property
     def of(self) -> Block:
@@ -76,7 +80,7 @@ async def steps(answers: Answers, turn: Turn) -> AsyncGenerator[Step]:
             if piece:
                 yield Step("grow", block, piece, own)
     if block is not None:
-        yield Step("end", block)
+        yield Step("end", block, last=True)
 
 
 def _parted(delta: dict[str, Any]) -> tuple[Literal["thought", "text", "call"], dict[str, Any], str]:

@@ -82,7 +82,7 @@ def call(identity: str, name: str, arguments: str) -> dict[str, Any]:
 def arguments_of(value: Any, where: str) -> str:
     """An object in JSON. Raises `ApiError` where `value` is no string, or holds something else."""
     try:
-        found = json.loads(value) if value else {}
+        found = {} if value is None or value == "" else json.loads(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise refused(f"{where}: not valid JSON: {error}", where) from error
     if not isinstance(found, dict):
