@@ -27,6 +27,7 @@ from glm45_jax.serve.guard import Guard
 from glm45_jax.serve.messages import AnthropicWriter, count_tokens, read_anthropic
 from glm45_jax.serve.metrics import Metrics
 from glm45_jax.serve.options import ServeOptions
+from glm45_jax.serve.page import page_route
 from glm45_jax.serve.record import record_of
 from glm45_jax.serve.responses import ResponseWriter
 from glm45_jax.serve.responses_asked import read_response
@@ -137,6 +138,7 @@ def _about(service: Service, metrics: Metrics) -> list[Route]:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return [
+        page_route(),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
