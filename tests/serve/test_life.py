@@ -180,7 +180,9 @@ def locked(engine) -> App:
 
 
 ROUTES = [
-    ("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/x"), ("DELETE", "/v1/responses/x"), ("GET", "/page.html"), ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
     ("GET", "/metrics"), ("GET", "/ready"), ("GET", "/nothing"), ("OPTIONS", CHAT), ("GET", "/health/"),
     ("GET", "http://test//health"), ("GET", "/HEALTH"),
 ]  # fmt: skip
@@ -191,6 +193,12 @@ def test_every_route_but_one_needs_a_key(locked, method, path) -> None:
     response = ask(locked, path, method=method)
     assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
     assert ask(locked, "/health").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropics_routes_need_one_too(locked, path) -> None:
+    response = ask(locked, path, method="POST")
+    assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
 
 
 @pytest.mark.parametrize(
