@@ -176,27 +176,29 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._sent_at = time.monotonic()
+        keeping = asyncio.create_task(self._keep_alive(send))
         try:
-            async with contextlib.aclosing(self._events):
-                while (event := await self._next(send)) is not None:
+            async with contextlib.aclosing(self._events) as events:
+                async for event in events:
                     await self._send(send, self._form.event(event))
         except ApiError as error:
             await self._send(send, self._form.event(self._form.error(error)))
+        finally:
+            keeping.cancel()
         if self._form.last:
             await self._send(send, self._form.last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _next(self, send: Send) -> dict[str, Any] | None:
-        """The next event, None after the last; now and then something is sent while it does not come."""
-        task = asyncio.ensure_future(anext(self._events, None))
-        try:
-            while not (await asyncio.wait({task}, timeout=self.idle_seconds))[0]:
+    async def _keep_alive(self, send: Send) -> None:
+        """Sends something now and then while no event comes."""
+        while True:
+            left = self._sent_at + self.idle_seconds - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+            else:
                 await self._send(send, self._form.idle)
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
 
     async def _send(self, send: Send, data: str) -> None:
+        self._sent_at = time.monotonic()
         await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
