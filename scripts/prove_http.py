@@ -14,6 +14,7 @@ import asyncio
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -33,6 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from glm45_jax.infer.grammar import Grammars
 from glm45_jax.serve import App, ServeOptions
 from glm45_jax.text import train_tokenizer
 from tests.serve.support import Scripted
@@ -52,6 +54,7 @@ class Http:
     def __init__(self) -> None:
         tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
         like = SimpleNamespace(config=small_config(vocab_size=384), tokenizer=tokenizer, room=2048, stats=dict)
+        like.grammars = Grammars(tokenizer, tokenizer.eos_ids)
         self.engine = Scripted(like)  # pyright: ignore[reportArgumentType]
         options = ServeOptions(max_tokens=4096, queue=1000, store_bytes=1 << 16)
         self.app = App(self.engine, "m", options)  # pyright: ignore[reportArgumentType]
@@ -157,6 +160,8 @@ NAMES = (
     "stop_sequences", "output_config", "format", "disable_parallel_tool_use", "id", "input", "instructions", "output",
     "call_id", "previous_response_id", "store", "reasoning", "effort", "summary", "include", "max_output_tokens",
     "metadata", "tokens", "return_token_strs", "reasoning_effort", "ignore_eos", "signature", "strict",
+    "structured_outputs", "regex", "choice", "grammar", "guided_json", "thinking_token_budget", "required",
+    "additionalProperties", "items",
 )  # fmt: skip
 WORDS = (
     "user", "assistant", "tool", "system", "developer", "function", "auto", "none", "required", "any", "f", "text",
@@ -188,6 +193,7 @@ SEEDS: list[tuple[str, Any]] = [
                          {"role": "tool", "content": "a"}], "tools": [TOOL], "parallel_tool_calls": False}),
     (CHAT, {"messages": [USER], "tools": [TOOL], "tool_choice": "required", "thinking": {"type": "enabled"}}),
     (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1]}}}}),
+    (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a+"}, "top_logprobs": 2, "logprobs": True}),
     (MESSAGES, {"max_tokens": 9, "stream": True, "messages": [
         USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "a"}]}],
@@ -240,6 +246,7 @@ def requests(draw: st.DrawFn) -> tuple[str, bytes, str]:
 
 # --- times -----------------------------------------------------------------------------------------------------------
 
+FRESH = itertools.count(10**9)  # so that no grammar has been compiled before
 HOSTILE: dict[str, Callable[[int], tuple[str, Any]]] = {
     "one long text": lambda n: (CHAT, {"messages": [{"role": "user", "content": "a" * n}]}),
     "messages": lambda n: (CHAT, {"messages": [USER] * (n // 32)}),
@@ -249,6 +256,13 @@ HOSTILE: dict[str, Callable[[int], tuple[str, Any]]] = {
     "stop": lambda n: (CHAT, {"messages": [USER], "stop": ["a"] * (n // 5)}),
     "logit_bias": lambda n: (CHAT, {"messages": [USER], "logit_bias": {str(i): 1 for i in range(n // 10)}}),
     "tools": lambda n: (CHAT, {"messages": [USER], "tools": [TOOL] * (n // 100)}),
+    "properties of a schema": lambda n: (CHAT, {"messages": [USER], "response_format": {
+        "type": "json_schema", "json_schema": {"schema": {"properties": {
+            f"a{i}": {} for i in (*range(n // 12), next(FRESH))}}}}}),
+    "choices": lambda n: (CHAT, {"messages": [USER], "structured_outputs": {
+        "choice": [f"{i}" for i in range(n // 10)] + [f"{next(FRESH)}"]}}),
+    "an expression": lambda n: (CHAT, {"messages": [USER], "structured_outputs": {
+        "regex": "(a|b)*c" * (n // 7) + f"{next(FRESH)}"}}),
     "Anthropic's blocks": lambda n: (MESSAGES, {"max_tokens": 1, "messages": [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "tool_result", "tool_use_id": "a"}]
          * (n // 80)}]}),
@@ -263,10 +277,10 @@ HOSTILE: dict[str, Callable[[int], tuple[str, Any]]] = {
 
 def seconds_for(name: str, size: int) -> float:
     """Of a hostile body, which is answered or refused; the best of three."""
-    path, value = HOSTILE[name](size)
-    body = json.dumps(value).encode()
 
     def once() -> float:
+        path, value = HOSTILE[name](size)
+        body = json.dumps(value).encode()
         begin = time.perf_counter()
         http().post(path, body)
         return time.perf_counter() - begin

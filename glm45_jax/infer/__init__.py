@@ -1,6 +1,6 @@
 """Decoding: sampling, batches of prompts to answers, text streamed as it comes, many requests at once."""
 
-from glm45_jax.infer.engine import Engine, EngineOptions
+from glm45_jax.infer.engine import Engine, EngineClosed, EngineOptions
 from glm45_jax.infer.generate import Generation, TextStream, generate, generate_detailed, stream
 from glm45_jax.infer.request import Delta, Request
 from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCounts, sample, sampling_params
@@ -8,6 +8,7 @@ from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCount
 __all__ = [
     "Delta",
     "Engine",
+    "EngineClosed",
     "EngineOptions",
     "Generation",
     "Request",

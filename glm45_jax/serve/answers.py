@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from glm45_jax.errors import UserError
-from glm45_jax.infer import Delta, Engine, Request
+from glm45_jax.infer import Delta, Engine, EngineClosed, Request
 from glm45_jax.serve.asked import Asked
 from glm45_jax.serve.errors import ApiError
 from glm45_jax.serve.forms import Form
@@ -71,6 +71,9 @@ class Answers:
             for number in range(asked.answers):
                 seed, prompt = (asked.seed + number) % 2**32, asked.prompts[number // asked.n]
                 self.requests.append(engine.submit(prompt, seed=seed, **asked.submit))
+        except EngineClosed as error:
+            self.cancel()
+            raise ApiError(503, str(error), code="draining") from error
         except UserError as error:
             self.cancel()
             raise ApiError(400 if engine.failure is None else 500, str(error)) from error

@@ -35,6 +35,13 @@ def raw(field: str, text: str) -> bytes:
     return b'{"messages": [{"role": "user", "content": "a"}], "%s": %s}' % (field.encode(), text.encode())
 
 
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
 @pytest.fixture(autouse=True)
 def still_serves(app):
     """Whatever came, the next request is answered."""
@@ -61,7 +68,20 @@ def test_numbers(app, field, value) -> None:
         ("logit_bias", {str(i): 1 for i in range(2000)}), ("stream", "yes"), ("stream_options", 1), ("logprobs", 1),
         ("top_logprobs", 1), ("top_logprobs", 10**9), ("tools", {}), ("tools", [1]), ("tools", [{}]),
         ("tool_choice", "required"), ("tool_choice", {"type": "function", "function": {"name": "get_weather"}}),
-        ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema"}), ("model", 3),
+        ("model", 3), ("response_format", {"type": "yaml"}), ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": [], "strict": True}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}, "strict": True}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1:1/x"}}}),
+        ("structured_outputs", {"regex": "(("}), ("structured_outputs", {"choice": []}), ("structured_outputs", []),
+        ("structured_outputs", {"json": "{"}), ("structured_outputs", {"regex": "a", "choice": ["a"]}),
+        ("structured_outputs", {"structural_tag": {}}), ("structured_outputs", {"choice": ["a", 5]}),
+        ("structured_outputs", {"grammar": "start: nothing"}), ("structured_outputs", {"json_object": 1}),
+        ("guided_regex", "a" * 5000), ("guided_regex", 5), ("guided_json", {"type": "array", "contains": {}}),
+        ("guided_choice", {}), ("guided_grammar", "root ::= ("),
+        ("thinking", {"type": "enabled", "budget_tokens": -2}), ("thinking_token_budget", 1.5),
+        ("thinking_budget", "many"), ("chat_template_kwargs", {"thinking_budget": True}),
+        ("tool_choice", {"type": "allowed_tools"}), ("tool_choice", {"type": "function"}), ("tool_choice", 5),
         ("response_format", "json"), ("thinking", {"type": "maybe"}), ("thinking", True), ("reasoning_effort", 3),
         ("chat_template_kwargs", {"enable_thinking": "no"}), ("chat_template_kwargs", []), ("messages", []),
         ("messages", "hi"), ("messages", None), ("messages", [None]), ("messages", ["a"]), ("messages", [{}]),
@@ -103,7 +123,8 @@ def test_bodies_that_are_no_request(app, body) -> None:
         {}, {"prompt": 5}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [1, "a"]}, {"prompt": [True]}, {"prompt": ""},
         {"prompt": [-1]}, {"prompt": [10**12]}, {"prompt": [500]}, {"prompt": ["a"] * 65},
         {"prompt": "a", "echo": True}, {"prompt": "a", "suffix": "b"}, {"prompt": "a", "best_of": 2},
-        {"prompt": "a", "logprobs": 3}, {"prompt": ["a"] * 64, "n": 2}, {"prompt": "\udc00"},
+        {"prompt": "a", "logprobs": 21}, {"prompt": "a", "guided_regex": "(("},
+        {"prompt": ["a"] * 64, "n": 2}, {"prompt": "\udc00"},
     ],
     ids=lambda body: str(body)[:40],
 )  # fmt: skip
@@ -129,13 +150,6 @@ def test_nothing_of_the_model_is_evaluated(engine, tmp_path) -> None:
     app, _ = scripted(engine, text)
     (call,) = chat(app, tools=tools)["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == {"x": code} and not file.exists()
-
-
-def deep(levels: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "string"}
-    for _ in range(levels):
-        schema = {"type": "object", "properties": {"a": schema}}
-    return schema
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from tests.serve.test_messages import HELLO, WEATHER
 
 anthropic = pytest.importorskip("anthropic")
 
-NOT_YET = pytest.mark.xfail(reason="constrained decoding is not merged yet", strict=False)
 THINK = {"type": "enabled", "budget_tokens": 1024}
 
 
@@ -121,7 +120,6 @@ def test_tools_over_several_turns(script, client) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}], ids=str)
 def test_tools_that_must_be_called(random, choice) -> None:
     found = create(random, tools=[WEATHER], tool_choice=choice, max_tokens=300, extra_body={"seed": 1})
@@ -138,7 +136,6 @@ def test_thinking_is_switched(script, client) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_thinking_with_a_budget(engine) -> None:
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 8}, "extra_body": {"seed": 1}}
     with served(Opened(engine), "small") as server:
@@ -147,7 +144,6 @@ def test_thinking_with_a_budget(engine) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_a_schema(random) -> None:
     schema = {
         "type": "object", "properties": {"large": {"type": "boolean"}}, "required": ["large"],

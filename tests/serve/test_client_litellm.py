@@ -18,8 +18,6 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it looks f
 litellm = pytest.importorskip("litellm", reason="litellm is not installed: pip install 'glm45-jax[clients]'")
 pytestmark = pytest.mark.slow
 
-NOT_YET = pytest.mark.xfail(reason="constrained decoding is not merged yet", strict=False)
-
 
 @pytest.fixture(scope="module")
 def script(engine) -> Iterator[Served]:
@@ -100,14 +98,12 @@ def test_tools_over_several_turns(script, side) -> None:
     assert "<arg_value>Paris</arg_value>" in script.engine.prompts[1]
 
 
-@NOT_YET
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str)
 def test_tools_required_and_named(small, side, choice) -> None:
     found = complete(small, side, tools=[WEATHER], tool_choice=choice, extra_body={"seed": 1})
     assert found.choices[0].message.tool_calls[0].function.name == "get_weather"
 
 
-@NOT_YET
 def test_a_schema(small) -> None:
     schema = {"type": "object", "properties": {"large": {"type": "boolean"}}, "required": ["large"]}
     form = {"type": "json_schema", "json_schema": {"name": "size", "schema": {**schema, "additionalProperties": False}}}

@@ -17,7 +17,6 @@ from tests.serve.test_chat import CALL, TWO
 openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
 
-NOT_YET = pytest.mark.xfail(reason="constrained decoding is not merged yet", strict=False)
 FLAT = {"type": "function", "strict": None, **WEATHER["function"]}
 
 
@@ -126,7 +125,6 @@ def test_tools_over_several_turns(script, client) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str)
 def test_tools_required_and_named(random, choice) -> None:
     found = create(random, tools=[WEATHER], tool_choice=choice, max_tokens=300, seed=1).choices[0]
@@ -144,7 +142,6 @@ def test_thinking_is_switched(script, client) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_thinking_with_a_budget(engine) -> None:
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 8}}
     with served(Opened(engine), "small") as server:
@@ -153,7 +150,6 @@ def test_thinking_with_a_budget(engine) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_a_schema(random) -> None:
     found = random.chat.completions.parse(
         model="m", messages=HELLO, response_format=City, max_tokens=200, seed=1,
@@ -163,13 +159,12 @@ def test_a_schema(random) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_json_and_a_regular_expression(random) -> None:
     quiet = {"chat_template_kwargs": {"enable_thinking": False}}
     free = create(random, response_format={"type": "json_object"}, max_tokens=400, seed=1, extra_body=quiet)
     if free.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(free.choices[0].message.content), dict)
-    body = {**quiet, "response_format": {"type": "regex", "regex": r"\d{4}-\d{2}"}}
+    body = {**quiet, "structured_outputs": {"regex": r"\d{4}-\d{2}"}}
     found = create(random, max_tokens=100, seed=1, extra_body=body)
     assert re.fullmatch(r"\d{4}-\d{2}", found.choices[0].message.content)
 
@@ -186,7 +181,6 @@ def test_logprobs_n_seed_and_stop(random) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_top_logprobs(random) -> None:
     found = create(random, max_tokens=3, logprobs=True, top_logprobs=4).choices[0].logprobs.content
     assert all(len(entry.top_logprobs) == 4 for entry in found)
@@ -262,7 +256,6 @@ def test_an_incomplete_response(random) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_a_response_by_a_schema(random) -> None:
     quiet = {"effort": "none"}
     found = random.responses.parse(
@@ -272,7 +265,6 @@ def test_a_response_by_a_schema(random) -> None:
 
 
 @pytest.mark.slow
-@NOT_YET
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}], ids=str)
 def test_a_response_that_must_call(random, choice) -> None:
     found = respond(random, tools=[FLAT], tool_choice=choice, max_output_tokens=300, extra_body={"seed": 1})
