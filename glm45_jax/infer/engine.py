@@ -206,7 +206,10 @@ class Engine:
 
     def generate_batch(self, prompts: Seq[Seq[int]], max_new_tokens: int = 256, **options: Any) -> list[Generation]:
         """All prompts' answers, in order; options that are lists have one for each prompt."""
-        of = lambda i: {k: v[i] if isinstance(v, list) and k not in _OF_ALL else v for k, v in options.items()}  # noqa: E731
+
+        def of(i: int) -> dict[str, Any]:
+            return {k: v[i] if isinstance(v, list) and k not in _OF_ALL else v for k, v in options.items()}
+
         requests = [self.submit(prompt, max_new_tokens, **of(i)) for i, prompt in enumerate(prompts)]
         return [request.result() for request in requests]
 

@@ -33,7 +33,7 @@ WHITESPACE = r"[ \n\t]{1,64}"
 # What a grammar may cost: fuel is spent at about 50,000 a ms at first and 14,000 a ms in each step.
 _LIMITS = {
     "max_items_in_row": 2000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 400_000, "step_max_items": 50_000,
-    "max_lexer_states": 50_000, "max_grammar_size": 200_000, "verbose_errors": False,
+    "max_lexer_states": 10_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip
 
 
