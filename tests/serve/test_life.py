@@ -92,23 +92,30 @@ def test_nothing_is_lost_among_clients_that_come_and_go(app, engine) -> None:
     """All kinds at once: those that stay are answered whole, and in the end nothing is held."""
     rng = random.Random(0)
 
+    forms = [
+        (CHAT, "max_tokens", {"messages": HELLO}, b"data: [DONE]\n\n"),
+        ("/v1/messages", "max_tokens", {"messages": HELLO}, b'event: message_stop\ndata: {"type":"message_stop"}\n\n'),
+        ("/v1/responses", "max_output_tokens", {"input": "the cat", "store": True}, b""),
+    ]
+
     async def stays(number: int) -> None:
-        visit = Visit(
-            app, CHAT, {"messages": HELLO, "max_tokens": 5 + number % 20, "n": 1 + number % 2, "stream": True}
-        )
+        path, most, body, last = forms[number % 3]
+        body = {**body, most: 5 + number % 20, "stream": True} | ({"n": 1 + number % 2} if path == CHAT else {})
+        visit = Visit(app, path, body)
         await asyncio.wait_for(visit.begin(), 120)
         assert visit.status in (200, 429)
-        assert visit.status == 429 or visit.chunks[-2:] == [b"data: [DONE]\n\n", b""]
+        assert visit.status == 429 or (visit.chunks[-2].endswith(last) and visit.chunks[-1] == b"")
 
     async def leaves(number: int) -> None:
-        visit = Visit(app, CHAT, {**LONG, "stream": bool(number % 2)})
+        path, most, body, _ = forms[number % 3]
+        visit = Visit(app, path, {**body, most: 1500, "stream": bool(number % 2)})
         task = visit.begin()
         await asyncio.sleep(rng.random() / 5)
         visit.leave()
         await asyncio.wait_for(task, 120)
 
     async def errs(number: int) -> None:
-        visit = Visit(app, CHAT, {"messages": [number]})
+        visit = Visit(app, forms[number % 3][0], {"messages": [number]})
         await asyncio.wait_for(visit.begin(), 120)
         assert visit.status in (400, 429)
 
