@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glm45_jax.errors import UserError
-from glm45_jax.infer.grammar import check_schema_size, guided, lark_source, literal
-from glm45_jax.text.arguments import declared_types, read_value, referred
+from glm45_jax.infer.grammar import MOST_SOURCE, MOST_VALUES, check_schema_size, guided, lark_source, literal
+from glm45_jax.text.arguments import Tools, declared_types, read_value, referred
 
 _BLANK = r"[\s\x1c-\x1f]*"  # what str.strip takes away
 _NUMBER = rf"~/{_BLANK}-?[0-9][0-9eE+.\-]*{_BLANK}/"
@@ -95,8 +95,10 @@ def calls_source(
     """
     lines: list[str] = []
     names = []
-    for index, tool in enumerate(tools):
-        function = tool.get("function") or tool
+    functions = {function["name"]: function for tool in tools for function in [tool.get("function") or tool]}
+    for index, function in enumerate(
+        functions.values()
+    ):  # of two with one name the last counts, as where calls are read
         strictly = strict or function.get("strict") is True
         names.append(_Tool(index, function, strictly, "\n" if newlines else "").write(lines, free=not required))
     gap = '"\\n" ' if newlines else ""
@@ -121,8 +123,9 @@ class _Tool:
         parameters = function.get("parameters")
         self._root: Mapping[str, Any] = parameters if isinstance(parameters, Mapping) else {}
         check_schema_size(self._root)
+        self._types = Tools([{"name": self._name, "parameters": self._root}])
         self._lines: list[str] = []
-        self._count = 0
+        self._count = self._size = self._alternatives_seen = 0
 
     def write(self, lines: list[str], free: bool) -> str:
         """Adds the rules, and gives the first one's name; `free`: calls that are not strict are not held to schemas."""
@@ -168,7 +171,7 @@ class _Tool:
 
     def _value(self, key: str, schema: Any) -> str:
         """The rule for what may stand for one parameter."""
-        types = declared_types([schema], self._root) or frozenset()
+        types = self._types.types(self._name, key) or frozenset()
         written: list[str] = []
         in_json: list[dict[str, Any]] = []
         strings: list[Mapping[str, Any]] = []
@@ -188,7 +191,7 @@ class _Tool:
         numbers = any(one.get("type") in (None, "integer", "number") for one in in_json)
         written += [self._string(key, one, types, numbers) for one in strings]
         if in_json:
-            written.append(f"%json {json.dumps(self._document(in_json), ensure_ascii=False)}")
+            written.append(f"%json {json.dumps(self._document(key, in_json), ensure_ascii=False)}")
         if not written:
             raise self._wrong(key, "no value is allowed")
         return self._add("(" + " | ".join(dict.fromkeys(written)) + ")")
@@ -198,13 +201,17 @@ class _Tool:
         name = f"{self._rule}_{self._count}"
         name = name.upper() if terminal else name
         self._lines.append(f"{name}: {body}")
+        self._size += len(body)
+        if self._size > MOST_SOURCE:
+            raise UserError(f"tool {self._name!r}: its grammar is larger than {MOST_SOURCE} characters")
         return name
 
     def _alternatives(self, key: str, schema: Any, depth: int) -> Iterator[Mapping[str, Any]]:
         """A schema's alternatives, each of at most one type."""
         if schema is True:
             schema = {}
-        if not isinstance(schema, Mapping) or depth > _DEEPEST:
+        self._alternatives_seen += 1
+        if not isinstance(schema, Mapping) or depth > _DEEPEST or self._alternatives_seen > MOST_VALUES:
             raise self._wrong(key, "its schema is no object, allows nothing, or refers to itself without end")
         words = schema.keys() & _WORDS
         kind = schema.get("type")
@@ -300,13 +307,28 @@ class _Tool:
             raise self._wrong(key, f"the format {str(form)[:40]!r} cannot be enforced; {', '.join(_FORMATS)} can")
         return found
 
-    def _document(self, schemas: list[dict[str, Any]]) -> dict[str, Any]:
-        """One JSON schema of several alternatives, with what they refer to."""
-        schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-        if '"$ref"' not in json.dumps(schema):
-            return guided(schema, self._strict)
-        schema, root = _moved(schema), _moved(dict(self._root))
-        return guided({**schema, "$defs": {"root": root}}, self._strict)
+    def _document(self, key: str, schemas: list[dict[str, Any]]) -> dict[str, Any]:
+        """One JSON schema of several alternatives, with what they refer to in `$defs`, which has other names there."""
+        names: dict[str, str] = {}
+
+        def moved(schema: Any) -> Any:
+            if isinstance(schema, list):
+                return [moved(item) for item in schema]
+            if not isinstance(schema, Mapping):
+                return schema
+            copy = {word: moved(value) for word, value in schema.items() if word not in ("$defs", "definitions")}
+            if isinstance(reference := copy.get("$ref"), str):
+                copy["$ref"] = f"#/$defs/{names.setdefault(reference, f'r{len(names)}')}"
+            return copy
+
+        document, defs = moved(schemas[0] if len(schemas) == 1 else {"anyOf": schemas}), {}
+        while len(defs) < len(names):
+            reference, name = [*names.items()][len(defs)]
+            found = referred(reference, self._root)
+            if found is None:
+                raise self._wrong(key, f"$ref {reference[:80]!r} leads nowhere")
+            defs[name] = moved(found)
+        return guided({**document, "$defs": defs} if defs else document, self._strict)
 
     def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         for _ in range(_DEEPEST):
@@ -320,19 +342,6 @@ class _Tool:
 
     def _wrong(self, key: str, what: str) -> UserError:
         return UserError(f"tool {self._name!r}, {key!r}: {what}")
-
-
-def _moved(schema: Any) -> Any:
-    """A copy whose references into the root of the parameters lead to where that will stand, in `$defs`."""
-    if isinstance(schema, list):
-        return [_moved(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    moved = {key: _moved(value) for key, value in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = "#/$defs/root" + reference[1:]
-    return moved
 
 
 def _searched(pattern: str) -> str:

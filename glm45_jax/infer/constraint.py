@@ -246,6 +246,11 @@ class Constraints:
             raise UserError("thoughts are of text: give the engine its tokenizer")
         return ThoughtMasks(self._tokenizer, self._vocab_size, self._end_ids)
 
+    def prepare(self) -> None:
+        """Looks through the vocabulary ahead: a fifth of a second with GLM's."""
+        if self._tokenizer is not None:
+            self._masks.thought(b"")
+
     def make(self, grammar: Grammar | None, thought: Place, budget: int | None) -> Constraint | None:
         """None where there is nothing to keep to. Raises `UserError` for a budget below 0."""
         if budget is not None and budget < 0:

@@ -31,7 +31,7 @@ from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.grammar import Grammar, Grammars
 from glm45_jax.infer.pages import Pages
-from glm45_jax.infer.request import Delta, Request, Top
+from glm45_jax.infer.request import Delta, EngineClosed, Request, Top
 from glm45_jax.infer.sampling import SamplingOptions, sampling_params
 from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
 from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings, without_biases
@@ -77,10 +77,6 @@ class _Flight:
     drafted: Drafted | None
     top: Likeliest | None
     began: float
-
-
-class EngineClosed(UserError):
-    """The engine takes no requests any more."""
 
 
 class Engine:
@@ -484,6 +480,7 @@ class Engine:
             for rows, tokens in self._sizes(most):
                 for kind in KINDS:
                     self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
+        self._constraints.prepare()
         jax.block_until_ready(self._pages)
 
 

@@ -21,6 +21,10 @@ Top = tuple[tuple[int, float], ...]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+class EngineClosed(UserError):
+    """The engine takes no requests any more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Delta:
     """What came since the last one.

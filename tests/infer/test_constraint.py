@@ -172,6 +172,13 @@ def test_little_room_makes_constrained_answers_begin_anew(params, wanted) -> Non
         assert small.stats()["preempted"] > 0
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_in_service(params) -> None:
+    with make_engine(params, drafts=1, warm_up=True) as engine:
+        assert answers(engine, [{**how, "top_logprobs": i % 3} for i, how in enumerate(ASKED)], 40)
+        assert engine.stats()["compiled_in_service"] == 0
+
+
 @pytest.mark.parametrize("thought", ["inside", "before"])
 @pytest.mark.parametrize("grammar", [None, JSON], ids=["free", "json"])
 @pytest.mark.parametrize("kind", ["engine", pytest.param("drafting", marks=pytest.mark.slow)])

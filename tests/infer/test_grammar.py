@@ -174,6 +174,27 @@ def test_grammars_made_to_be_slow(source) -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("word", ["anyOf", "oneOf", "allOf"])
+def test_tools_made_to_be_slow(word) -> None:
+    """Each definition refers to the next twice, or a hundred times, in a parameter of a tool."""
+    wide = {str(i): {word: [{"$ref": f"#/$defs/{i + 1}"}] * 100} for i in range(12)} | {"12": {"type": "integer"}}
+    began = time.monotonic()
+    for defs in (doubling(word), wide):
+        root = {"type": "object", "properties": {f"p{i}": {"$ref": "#/$defs/0"} for i in range(50)}, "$defs": defs}
+        for strict in (False, True):
+            try:
+                GRAMMARS.compile(calls_source([tool(root, strict=strict)], newlines=True))
+            except UserError:
+                continue
+    assert time.monotonic() - began < 10
+
+
+def test_of_two_tools_of_one_name_the_last_counts() -> None:
+    tools = [tool(CITY), tool({"type": "object", "properties": {"n": {"type": "integer"}}})]
+    grammar = GRAMMARS.compile(calls_source(tools, newlines=True))
+    assert accepts(grammar, call(("n", "5"))) and not accepts(grammar, call(("city", "a")))
+
+
 def doubling(word: str) -> dict[str, Any]:
     """Each refers to the next twice."""
     return {str(i): {word: [{"$ref": f"#/$defs/{i + 1}"}] * 2} for i in range(25)} | {"25": {"type": "integer"}}
@@ -292,6 +313,7 @@ def test_each_kind_of_value(leaf) -> None:
     ("schema", "good", "bad"),
     [
         ({"type": ["integer", "string"]}, ["5", "-7", "5 km", "true", "[5]"], ["5.5", " 5", "05", '"5"']),
+        ({"type": ["number", "string"]}, ["1.5", "-2e5", "x1", "1 2 x"], ["1.5 ", "007", "\u00a05", "1e999"]),
         ({"type": ["string", "null"]}, ["null", "nulls", "", "5"], [" null"]),
         ({"enum": ["x", 1, None, {"k": [1]}]}, ["x", "1", "null", '{"k": [1]}'], ["2", '"x"', "X", ""]),
         ({"enum": ["5", 5, "null", None, True]}, ["5", "null", "true"], []),

@@ -29,7 +29,7 @@ TOOLS = [TRIP, NOW]
 
 
 def choice(app: App, **fields: Any) -> dict[str, Any]:
-    return chat(app, **{"max_tokens": 400, "seed": 1, **fields})["choices"][0]
+    return chat(app, **{"max_tokens": 700, "seed": 1, **fields})["choices"][0]
 
 
 def check_calls(message: dict[str, Any]) -> list[str]:
@@ -57,7 +57,7 @@ def test_the_schema_follows_the_thought(app) -> None:
 
 
 def test_a_stream_is_the_same(app) -> None:
-    fields = {"seed": 3, "max_tokens": 400, "thinking_token_budget": 10}
+    fields = {"seed": 3, "max_tokens": 700, "thinking_token_budget": 10}
     for more in ({"response_format": FORM}, {"tools": TOOLS, "tool_choice": "required"}):
         whole = chat(app, **fields, **more)
         chunks = events(app, **fields, **more, stream_options={"include_usage": True})
@@ -111,7 +111,7 @@ def test_a_schema_that_is_not_strict_leaves_out_what_cannot_be_enforced(app) -> 
 
 
 def test_each_answer_has_its_own_place(app) -> None:
-    found = chat(app, n=3, seed=5, max_tokens=400, response_format=FORM, **NO_THOUGHT)["choices"]
+    found = chat(app, n=3, seed=5, max_tokens=700, response_format=FORM, **NO_THOUGHT)["choices"]
     values = [json.loads(one["message"]["content"]) for one in found]
     for value in values:
         jsonschema.validate(value, SCHEMA)
@@ -206,7 +206,7 @@ def test_budgets(engine, tokenizer, monkeypatch, fields, template) -> None:
     bias = {str(tokenizer.token_id("</think>")): -90, str(tokenizer.token_id("<tool_call>")): -90}
     if template == "glm-4.5":
         bias[str(tokenizer.token_id("<think>"))] = 30  # or it would not begin
-    body = {"messages": HELLO, "max_tokens": 40, "logit_bias": bias, "logprobs": True, **fields}
+    body = {"messages": HELLO, "max_tokens": 40, "logit_bias": bias, "logprobs": True, "ignore_eos": True, **fields}
     response = ask(App(engine, "x"), CHAT, body)
     assert response.status_code == 200 and "x-glm45-warning" not in response.headers
     found = response.json()
@@ -217,7 +217,7 @@ def test_budgets(engine, tokenizer, monkeypatch, fields, template) -> None:
 
 
 def test_no_budget_at_all(app) -> None:
-    found = chat(app, thinking={"type": "enabled", "budget_tokens": 0}, response_format=FORM, max_tokens=300)
+    found = chat(app, thinking={"type": "enabled", "budget_tokens": 0}, response_format=FORM, max_tokens=700)
     assert found["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2  # the tags alone
     assert "reasoning_content" not in found["choices"][0]["message"]
     free = chat(app, thinking_token_budget=-1, max_tokens=3)

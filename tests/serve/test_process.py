@@ -120,7 +120,7 @@ class Trip(pydantic.BaseModel):
 
 
 def test_openais_client_gets_the_form_it_asks_for(server) -> None:
-    client, settings = server.client, {"model": "small", "messages": HELLO, "max_tokens": 400, "seed": 3}
+    client, settings = server.client, {"model": "small", "messages": HELLO, "max_tokens": 700, "seed": 3}
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 9}}
     parsed = client.chat.completions.parse(**settings, response_format=Trip, extra_body=thinking)
     assert isinstance(parsed.choices[0].message.parsed, Trip)
