@@ -92,7 +92,12 @@ def draw(load: Load, pool: list[int] | list[str]) -> list[Planned]:
 
 
 async def run(
-    load: Load, url: str, *, api_key: str | None = None, timeout: float = 600, on_end: Callable[[Seen], None] | None = None
+    load: Load,
+    url: str,
+    *,
+    api_key: str | None = None,
+    timeout: float = 600,
+    on_end: Callable[[Seen], None] | None = None,
 ) -> tuple[list[Seen], float]:
     """Puts the load on the server at `url`: what became of each request, and the seconds that all took.
 
