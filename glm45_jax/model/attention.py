@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import leave_tensor, linear, matmul_t, rms_norm, rotary_tables, rotate
+from glm45_jax.model.layers import leave_tensor, linear, product, rms_norm, rotary_tables, rotate
+from glm45_jax.model.quantized import is_quantized
 from glm45_jax.parallel import local
 from pallas_kernels import flash_attention
 
@@ -109,12 +110,13 @@ def keys_values(
 def _project_kv(x: Float[Array, "B S D"], projection: Any, config: ModelConfig) -> Float[Array, "B S O"]:
     """The projection, by this device's heads alone where a tensor axis larger than their number has them all whole."""
     devices, heads = local.count("tensor"), config.num_key_value_heads
-    if projection.weight.shape[0] * devices == heads * config.head_dim or devices == 1:
+    weight = projection.weight.get_value()
+    if weight.shape[0] * devices == heads * config.head_dim or devices == 1:
         return linear(x, projection)
     first = local.index("tensor") * heads // devices * config.head_dim
-    own = lambda w: jax.lax.dynamic_slice_in_dim(w[...], first, config.head_dim)  # noqa: E731
-    y = matmul_t(x, own(projection.weight).astype(x.dtype))
-    return y + own(projection.bias).astype(x.dtype) if hasattr(projection, "bias") else y
+    own = lambda w: jax.lax.dynamic_slice_in_dim(w, first, config.head_dim)  # noqa: E731
+    y = product(x, weight.rows(first, config.head_dim) if is_quantized(weight) else own(weight))
+    return y + own(projection.bias[...]).astype(x.dtype) if hasattr(projection, "bias") else y
 
 
 def _heads(x: Float[Array, "B S O"], config: ModelConfig) -> Float[Array, "B H S h"]:

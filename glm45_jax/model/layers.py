@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
+from glm45_jax.model.quantized import is_quantized
 from glm45_jax.parallel import local
 from pallas_kernels.residuals import RESIDUAL
 
@@ -39,8 +40,18 @@ def rms_norm(x: Float[Array, "*n D"], scale: Float[Array, " D"], eps: float) -> 
 
 def linear(x: Float[Array, "*n I"], module: Any) -> Float[Array, "*n O"]:
     """x @ weight.T, plus the bias where there is one. Weights [O, I] are cast to the dtype of `x`."""
-    y = matmul_t(x, module.weight[...].astype(x.dtype))
+    y = product(x, module.weight.get_value())
     return y + module.bias[...].astype(x.dtype) if hasattr(module, "bias") else y
+
+
+def product(x: Float[Array, "*n I"], weight: Any, dtype: Any = None) -> Float[Array, "*n O"]:
+    """x @ weight.T of a matrix [O, I], or of a `Quantized` one, whose bytes are read as they lie."""
+    if not is_quantized(weight):
+        return matmul_t(x, weight.astype(x.dtype), dtype)
+    if not weight.per_channel:
+        return matmul_t(x, weight.dequantized(x.dtype), dtype)
+    y = matmul_t(x, weight.values.astype(x.dtype), jnp.float32) * weight.scales[0]
+    return y.astype(dtype or x.dtype)
 
 
 def matmul_t(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any = None) -> Float[Array, "*n O"]:

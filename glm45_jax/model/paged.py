@@ -23,7 +23,7 @@ from glm45_jax.model.decode import cached_block, cached_layers, own_logits
 from glm45_jax.model.decoder import embed, head_logits, mtp_embed_weight, mtp_input, mtp_layer, mtp_module
 from glm45_jax.model.layers import rms_norm, rotary_tables
 from glm45_jax.model.over_mesh import mesh_in_force, shard_map
-from glm45_jax.model.params import Params, param_specs, whole
+from glm45_jax.model.params import Params, specs_of, whole
 from pallas_kernels import paged_attention
 
 
@@ -131,5 +131,5 @@ def _over_mesh(run: Any, config: ModelConfig, params: Params, pages: Any, rest: 
         return run(params, pages, *rest)
     heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
     of_pages, same = PartitionSpec(None, None, heads), PartitionSpec()
-    specs = param_specs(config, mesh), of_pages, *jax.tree.map(lambda _: same, rest)
+    specs = specs_of(params, config, mesh), of_pages, *jax.tree.map(lambda _: same, rest)
     return shard_map(run, specs, (PartitionSpec(None, heads), same, of_pages))(params, pages, *rest)
