@@ -26,6 +26,7 @@ import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
+from glm45_jax.infer.calibrate import CACHE_DTYPES, cache_dtype_of, cache_scales
 from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.pages import Pages
@@ -35,6 +36,7 @@ from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
 from glm45_jax.infer.steps import Chosen, Drafted, Reading, Special, choose, draft, read
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
 from glm45_jax.model import Params, init_pages
+from glm45_jax.model.paged import QuantizedPages
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
@@ -60,7 +62,8 @@ class EngineOptions:
     drafts: int = 0
     """Tokens that the MTP layer drafts ahead of each sequence, where it pays; answers stay the same."""
     cache_dtype: str | None = None
-    """Of keys and values; None: as the model computes."""
+    """Of keys and values; None: as the model computes. "int8" and "fp8" with scales that are measured at the start, and
+    anew for other weights (`infer.calibrate`); pages then have a multiple of 32 tokens."""
     warm_up: bool = True
     """Compile all sizes of steps at the start."""
 
@@ -107,6 +110,9 @@ class Engine:
                 f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}) times (1 + drafts), and drafts "
                 f"({o.drafts}) 0 or more: all decode in one step"
             )
+        self._cache_dtype = cache_dtype_of(o.cache_dtype)
+        if self._cache_dtype in CACHE_DTYPES:  # a TPU's tiles of bytes have 32 rows
+            self.options = o = dataclasses.replace(o, page_size=-(-o.page_size // 32) * 32)
         self._params, self._mesh = params, jax.sharding.get_mesh()  # a thread has none of its own
         self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size)
         self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens, o.drafts)
@@ -255,8 +261,8 @@ class Engine:
                 request.push(Delta(finish_reason="error", error=f"the engine has failed: {self._failure}"))
 
     def _serve(self) -> None:
-        dtype = self.options.cache_dtype or self.config.dtype
-        self._pages = init_pages(self.config, self._pool.count + 1, self.options.page_size, dtype)  # one to spare
+        dtype, count = self._cache_dtype, self._pool.count + 1  # one to spare
+        self._pages = init_pages(self.config, count, self.options.page_size, dtype, self._cache_scales())
         self._last = jnp.zeros(self.options.slots, jnp.int32)
         if self.options.warm_up:
             self._warm_up()
@@ -270,6 +276,11 @@ class Engine:
             if flying is not None:
                 self._finish(flying)
             flying = now
+
+    def _cache_scales(self) -> Any:
+        if self._cache_dtype not in CACHE_DTYPES:
+            return None
+        return cache_scales(self._params, self.config, self._cache_dtype, tokenizer=self.tokenizer)
 
     def _take_messages(self, idle: bool) -> bool:
         """What callers sent; False when all is done and the engine is to close."""
@@ -298,6 +309,8 @@ class Engine:
             case (params, done):
                 self._params = params
                 self._scheduler.begin_anew()
+                if isinstance(self._pages, QuantizedPages):
+                    self._pages = dataclasses.replace(self._pages, scales=self._cache_scales())
                 done.set()
 
     def _begin(self, request: Request) -> None:

@@ -29,6 +29,7 @@ from glm45_jax.model.attention import (
     keys_values,
     output,
     over_context,
+    own_heads,
     queries,
     sequence_of,
 )
@@ -218,6 +219,7 @@ def cached_layers(params, config, tokens, rotary, kv, attention, is_last: Any = 
 
     carry, first = (local.spread_like(embed(params["embed"]["weight"], tokens, config), tokens), kv), 0
     kinds = stacked_kinds(config)
+    params = {**params, **{kind: own_heads(params[kind], config) for kind in kinds}}
     for kind, count in kinds.items():
         whole_layers = count - (is_last is not None and kind == list(kinds)[-1])
         carry = jax.lax.fori_loop(0, whole_layers, functools.partial(layer, kind=kind, first=first), carry)

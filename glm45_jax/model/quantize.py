@@ -26,9 +26,10 @@ from pallas_kernels.grouped_matmul.quantised import SCALE_BLOCK
 
 Form = Literal["int8", "fp8", "int8-block", "fp8-block"]
 FORMS: tuple[str, ...] = get_args(Form)
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
-_DTYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
-_LEAST_SCALE = 1e-12  # of a channel of zeros
+KEEP = "keep"  # to loaders: FP8 as it lies in the checkpoint
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+LEAST_SCALE = 1e-12  # of a channel of zeros
 _PARTS = ("attention", "mlp", "moe")
 
 
@@ -87,13 +88,13 @@ def _quantize(matrix: Float[Array, "*e O I"], form: Form) -> Quantized:
     cut = jnp.pad(wide, grow) if block else wide
     grown = cut.shape
     cut = cut.reshape(*cut.shape[:-2], cut.shape[-2] // blocks[0], blocks[0], cut.shape[-1] // blocks[1], blocks[1])
-    scales = jnp.maximum(jnp.abs(cut).max((-3, -1)) / _LARGEST[kind], _LEAST_SCALE)
+    scales = jnp.maximum(jnp.abs(cut).max((-3, -1)) / LARGEST[kind], LEAST_SCALE)
     codes = (cut / scales[..., None, :, None]).reshape(*grown)[..., :out, :into]
     return Quantized(rounded(codes, kind, jnp), jnp.swapaxes(scales, -1, -2))
 
 
 def rounded(codes: Any, kind: str, xp: Any) -> Any:
     """Scaled values as codes: rounded to nearest even, saturated."""
-    largest = _LARGEST[kind]
+    largest = LARGEST[kind]
     codes = xp.rint(codes) if kind == "int8" else codes
-    return xp.clip(codes, -largest, largest).astype(_DTYPES[kind])
+    return xp.clip(codes, -largest, largest).astype(CODES[kind])
