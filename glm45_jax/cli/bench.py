@@ -1,4 +1,4 @@
-"""`glm45 bench`: times on the device at hand."""
+"""`glm45 bench`: times of kernels on the device at hand, and of a server under load (`bench_serve.py`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from glm45_jax.cli import bench_serve
 from glm45_jax.cli.plan import Op
 from glm45_jax.errors import UserError
 
@@ -134,7 +135,10 @@ def _table(op: str, rows: list[dict[str, Any]]) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    args = tyro.extras.subcommand_cli_from_dict({"kernels": Kernels}, args=argv, prog="glm45 bench")
+    commands = {"kernels": Kernels, "serve": bench_serve.Serve}
+    args = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="glm45 bench")
+    if isinstance(args, bench_serve.Serve):
+        return bench_serve.main(args)
     import jax
     from rich.console import Console
 

@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import api as grouped_matmul
-from pallas_kernels.grouped_matmul import cpu, tpu_rows
+from pallas_kernels.grouped_matmul import tpu_rows
 from pallas_kernels.grouped_matmul.quantised import check_alike, check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
-from pallas_kernels.grouped_swiglu import fused, gpu, reference
+from pallas_kernels.grouped_swiglu import cpu, fused, gpu, reference
 from pallas_kernels.mosaic import tree_varying_alike
 from pallas_kernels.residuals import keep
 
 _IMPLEMENTATIONS = {
     "reference": reference.with_matmul(reference.reference.forward),
-    "cpu": fused.with_frame(cpu.run),
+    "cpu": cpu.functions,
     "tpu": fused.with_frame(tpu_rows.run),
     "gpu": {
         "forward": gpu.forward,

@@ -1,0 +1,57 @@
+"""The native functions as the ops' `cpu.py` use them. Each raises NotImplementedError where it cannot do what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic import varying_alike
+from pallas_kernels.native import call
+
+_READ = (jnp.float32, jnp.bfloat16)
+_MOST_ROWS = 48  # of a mean group; XLA's products of more are as quick
+
+
+def fused_moe(x, matrices, scales, indices, weights, offset, layer, *, transpose_rhs) -> jax.Array:
+    """[T, D] -> [T, D]; see `fused_moe.api`."""
+    _check(matrices, scales, transpose_rhs, x)
+    places = jnp.stack([layer, jnp.int32(0) if offset is None else offset])
+    args = varying_alike(_float32(x), *matrices, indices, weights, places)
+    return call("glm45_fused_moe", jax.ShapeDtypeStruct(x.shape, jnp.float32), *args).astype(x.dtype)
+
+
+def grouped(lhs, matrices: Sequence[jax.Array], scales, groups, *, transpose_rhs, dtype: Any) -> jax.Array:
+    """Rows of each group [M, K] times its matrix of [L, E, N, K], or the SwiGLU of two such products: [M, N]."""
+    _check(matrices, scales, transpose_rhs, lhs)
+    sizes, first_row, layer = groups
+    if lhs.shape[0] > _MOST_ROWS * sizes.shape[0]:
+        raise NotImplementedError("many rows in each group")
+    second = matrices[1] if len(matrices) == 2 else jnp.zeros(0)
+    args = varying_alike(_float32(lhs), matrices[0], second, sizes, jnp.stack([layer, first_row]))
+    shape = lhs.shape[0], matrices[0].shape[-2]
+    return call("glm45_grouped", jax.ShapeDtypeStruct(shape, jnp.float32), *args).astype(dtype)
+
+
+def paged_attention(q, k, v, pages, page_table, lengths, starts, layer, kv_scale, *, scale) -> tuple[Any, Any]:
+    """[N, H, D] and pages -> the same again, the pages in their place; see `paged_attention.api`."""
+    if kv_scale is not None or pages.dtype not in _READ:
+        raise NotImplementedError("quantised pages")
+    args = varying_alike(*map(_float32, (q, k, v)), pages, page_table, lengths, starts, layer.reshape(1))
+    results = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(pages.shape, pages.dtype)
+    out, pages = call("glm45_paged_attention", results, *args, aliases={3: 1}, scale=np.float32(scale))
+    return out.astype(q.dtype), pages
+
+
+def _check(matrices, scales, transpose_rhs: bool, rows: jax.Array) -> None:
+    if not transpose_rhs or any(s is not None for s in scales) or any(m.dtype not in _READ for m in matrices):
+        raise NotImplementedError("matrices of another kind than [out, in] in float32 or bfloat16")
+    if rows.dtype not in _READ:
+        raise NotImplementedError(f"rows in {rows.dtype}")
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)

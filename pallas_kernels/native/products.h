@@ -1,0 +1,186 @@
+// Products of few or many rows with weights that lie row-major as [outputs, inputs], read once where they lie.
+//
+// Both operands are contiguous along the contraction, so nothing is packed: a tile of rows times a tile of outputs is
+// kept in registers while one goes along both. The outputs' weights stay in the first cache over all tiles of rows.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace native {
+
+namespace ffi = xla::ffi;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 6, kOutputs = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 3, kOutputs = 4;
+#else
+constexpr int kLanes = 4, kRows = 4, kOutputs = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float wide(float x) { return x; }
+inline float wide(BFloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline Vec load(const float* at) {
+  Vec out;
+  std::memcpy(&out, at, sizeof out);
+  return out;
+}
+inline Vec load(const BFloat16* at) {
+  Halves halves;
+  std::memcpy(&halves, at, sizeof halves);
+  Words words = __builtin_convertvector(halves, Words) << 16;
+  return reinterpret_cast<Vec&>(words);
+}
+inline void put(float* at, Vec x) { std::memcpy(at, &x, sizeof x); }
+
+typedef float Four __attribute__((vector_size(16)));
+
+// The sums over the lanes of four vectors, together: a fourth of the shuffles.
+inline Four sums(const Vec* x) {
+  Four parts[4][kLanes / 4];
+  std::memcpy(parts, x, sizeof parts);
+  for (auto& row : parts)
+    for (int i = 1; i < kLanes / 4; ++i) row[0] += row[i];
+  Four ab = __builtin_shuffle(parts[0][0], parts[1][0], Ints4{0, 4, 1, 5}) +
+            __builtin_shuffle(parts[0][0], parts[1][0], Ints4{2, 6, 3, 7});
+  Four cd = __builtin_shuffle(parts[2][0], parts[3][0], Ints4{0, 4, 1, 5}) +
+            __builtin_shuffle(parts[2][0], parts[3][0], Ints4{2, 6, 3, 7});
+  return __builtin_shuffle(ab, cd, Ints4{0, 1, 4, 5}) + __builtin_shuffle(ab, cd, Ints4{2, 3, 6, 7});
+}
+
+// e^x to about one unit in the last place; 0 far below zero.
+inline Vec exp(Vec x) {
+  x = x < -87.0f ? Vec{} - 87.0f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x;
+  Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number in the low bits
+  Vec whole = shifted - 12582912.0f;
+  Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Ints bits = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  return p * reinterpret_cast<Vec&>(bits);
+}
+
+// M rows times N outputs: out[m][n] = sum over k of a[m][k] w[n * stride + k]. What lies a tile further on is fetched.
+template <int M, int N, class T>
+inline void tile(const float* const* a, const T* w, int64_t stride, int64_t size, float (*out)[kOutputs]) {
+  Vec totals[M][N] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) {
+    Vec b[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      b[n] = load(w + n * stride + k);
+      if (M <= 2) __builtin_prefetch(w + (n + N) * stride + k);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      Vec x = load(a[m] + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) totals[m][n] += x * b[n];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    Vec four[4] = {};
+    for (int n = 0; n < N; ++n) four[n] = totals[m][n];
+    Four sum = sums(four);
+    for (int n = 0; n < N; ++n) {
+      out[m][n] = sum[n];
+      for (int64_t i = k; i < size; ++i) out[m][n] += a[m][i] * wide(w[n * stride + i]);
+    }
+  }
+}
+
+template <int N, class T>
+inline void tile(int rows, const float* const* a, const T* w, int64_t stride, int64_t size, float (*out)[kOutputs]) {
+  switch (rows) {
+    case 1: return tile<1, N>(a, w, stride, size, out);
+    case 2: return tile<2, N>(a, w, stride, size, out);
+    case 3: return tile<3, N>(a, w, stride, size, out);
+    case 4: return tile<std::min(4, kRows), N>(a, w, stride, size, out);
+    case 5: return tile<std::min(5, kRows), N>(a, w, stride, size, out);
+    default: return tile<kRows, N>(a, w, stride, size, out);
+  }
+}
+
+// store(m, n, value) for rows a[0 : rows] and outputs [first, last) of w. A tile of rows stays in the first cache, the
+// outputs' weights in the second: a few dozen of them at a time are best.
+template <class T, class Store>
+void products(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
+              Store store) {
+  float out[kRows][kOutputs];
+  for (int64_t m = 0; m < rows; m += kRows) {
+    const int some = static_cast<int>(std::min<int64_t>(kRows, rows - m));
+    for (int64_t n = first; n < last;) {
+      const int outputs = last - n >= kOutputs ? kOutputs : 1;
+      if (outputs == 1)
+        tile<1>(some, a + m, w + n * stride, stride, size, out);
+      else
+        tile<kOutputs>(some, a + m, w + n * stride, stride, size, out);
+      for (int i = 0; i < some; ++i)
+        for (int j = 0; j < outputs; ++j) store(m + i, n + j, out[i][j]);
+      n += outputs;
+    }
+  }
+}
+
+// x[i] = silu(x[i]) * y[i]
+inline void swiglu(float* x, const float* y, int64_t size) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    Vec gate = load(x + i);
+    put(x + i, gate / (1.0f + exp(-gate)) * load(y + i));
+  }
+  for (; i < size; ++i) x[i] = x[i] / (1.0f + std::exp(-x[i])) * y[i];
+}
+
+// work(i) for all i below `count`, on the threads of the pool and this one; returns when all are done.
+//
+// A thread that comes late finds nothing left to do and touches no `work`, which may be gone by then.
+template <class Work>
+void parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  auto run = [state, count, &work] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      work(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
+  run();
+  while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+}  // namespace native
