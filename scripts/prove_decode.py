@@ -81,6 +81,7 @@ ENTRIES = (
 
 def main(options: Options) -> int:
     rows = json.loads(options.json.read_text())["steps"] if options.json.exists() else {}
+    rows = {entry.name: rows[entry.name] for entry in ENTRIES if entry.name in rows}
     failed = 0
     for entry in ENTRIES:
         wanted = all(word in entry.name for word in options.only) and not options.page
