@@ -50,7 +50,6 @@ class Entry:
     cache: str | None
     seq_len: int
     batch: int = 128
-    mesh: str | None = None  # without one as many pieces of heads and widths as devices
 
     @property
     def name(self) -> str:
@@ -61,7 +60,6 @@ class Entry:
         sizes = ["--batch-size", str(self.batch), "--seq-len", str(self.seq_len)]
         kept = ["--quantize", self.weights] if self.weights else []
         kept += ["--cache-dtype", self.cache] if self.cache else []
-        kept += ["--mesh", self.mesh] if self.mesh else []
         return ["decode", "--engine", "--model", self.model, "--slice", self.slice, *sizes, *kept]
 
 
@@ -75,7 +73,6 @@ ENTRIES = (
     Entry(*FULL, "fp8", None, 1536),
     Entry(*FULL, "fp8", "fp8", 1536),
     Entry(*FULL, "fp8", "fp8", 2048),
-    Entry(*FULL, "fp8-block", "fp8", 1536, mesh="tensor=4,expert=4,fsdp=1"),  # whole blocks to each device
 )
 
 

@@ -148,7 +148,8 @@ def whole(params: Any, config: ModelConfig, axes: Any, apart: tuple[str, ...] = 
         if is_quantized(x):
             *lead, out, into = axes
             scale_axes = (*lead, None, out) if x.per_channel else (*lead, into, out)
-            return Quantized(gathered(x.values, axes, x.values.dtype), gathered(x.scales, scale_axes, x.scales.dtype))
+            values, scales = gathered(x.values, axes, x.values.dtype), gathered(x.scales, scale_axes, x.scales.dtype)
+            return Quantized(values, scales, x.layer)
         return gathered(x, axes, x.dtype if "router" in axes else config.dtype)
 
     def gathered(x: jax.Array, axes: tuple[str | None, ...], dtype: Any) -> jax.Array:

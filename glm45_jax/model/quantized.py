@@ -24,32 +24,42 @@ from pallas_kernels.grouped_matmul.quantised import SCALE_BLOCK, dequantise
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix [O, I], or a stack of them, as the checkpoint lays it out."""
+    """A matrix [O, I], or a stack of them, as the checkpoint lays it out; with `layer` one of a stack, not cut out."""
 
     values: Num[Array, "*l O I"]  # int8 or float8_e4m3fn
     scales: Float[Array, "*l i o"]  # float32, [1, O] per channel or [ceil(I / 128), ceil(O / 128)] per block
+    layer: Int[Array, ""] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        return self.values.shape if self.layer is None else self.values.shape[1:]
 
     @property
     def per_channel(self) -> bool:
         return tuple(self.scales.shape[-2:]) == (1, self.values.shape[-2])
 
+    def cut_out(self) -> Quantized:
+        """Without the other layers."""
+        if self.layer is None:
+            return self
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)  # noqa: E731
+        return Quantized(take(self.values), take(self.scales))
+
     def dequantized(self, dtype: Any) -> Float[Array, "*l O I"]:
         """The matrix that it stands for, rounded to `dtype`."""
-        turned = jnp.swapaxes(self.scales, -1, -2)
-        return dequantise(self.values, turned, transpose_rhs=False, dtype=dtype)
+        own = self.cut_out()
+        return dequantise(own.values, jnp.swapaxes(own.scales, -1, -2), transpose_rhs=False, dtype=dtype)
 
     def rows(self, first: Int[Array, ""], count: int) -> Quantized:
         """Output features `first` to `first + count`; of blocks whole ones."""
-        values = jax.lax.dynamic_slice_in_dim(self.values, first, count, axis=-2)
+        if self.layer is not None:
+            return self.cut_out().rows(first, count)
+        values = jax.lax.dynamic_slice_in_dim(self.values, first, count, axis=self.values.ndim - 2)
         if not self.per_channel:
             if count % SCALE_BLOCK:
                 raise UserError(f"{count} rows of a matrix with scales per block of {SCALE_BLOCK}: not whole blocks")
             first, count = first // SCALE_BLOCK, count // SCALE_BLOCK
-        return Quantized(values, jax.lax.dynamic_slice_in_dim(self.scales, first, count, axis=-1))
+        return Quantized(values, jax.lax.dynamic_slice_in_dim(self.scales, first, count, axis=self.scales.ndim - 1))
 
 
 def is_quantized(x: Any) -> bool:

@@ -36,6 +36,8 @@ from glm45_jax.parallel.local import BATCH_AXES
 from glm45_jax.train.config import TrainConfig
 from glm45_jax.train.step import init_state, train_step
 
+NO_VALUE = "no value"  # a leaf, as None would not be
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -45,7 +47,7 @@ class Program:
       fn: of `args`.
       args: shapes with their shardings.
       donate: arguments whose memory the results take over.
-      steering: a tree like `args`, arrays where values steer kernels, None elsewhere.
+      steering: a tree like `args`, arrays where values steer kernels, `NO_VALUE` elsewhere.
       parts: name of a group of arguments ("parameters", "optimizer", "cache", "batch") -> its shapes.
     """
 
@@ -76,7 +78,7 @@ def train_program(config: TrainConfig, mesh: Mesh) -> Program:
         lambda state, batch: train_step(state, batch, config),
         (state, batch),
         (0,),
-        (_nothing(state), {name: known.get(name) for name in names}),
+        (_nothing(state), {name: known.get(name, NO_VALUE) for name in names}),
         {"parameters": state.params, "optimizer": state.opt_state, "batch": batch},
     )
 
@@ -131,7 +133,7 @@ def decode_program(
         segment=np.ones(batch_size, np.int32),
     )  # fmt: skip
     parts = {"parameters": params, "cache": cache, "batch": tokens}
-    return Program(step, args, (1,), (_nothing(params), steering, None), parts)
+    return Program(step, args, (1,), (_nothing(params), steering, NO_VALUE), parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +181,7 @@ def engine_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: in
         logits, _, pages = read(params, config, pages, last, reading, most=0)
         return choose(logits, last, sampling, reading, vocab_size, None), pages
 
-    steering = (_nothing(params), _nothing(pages), None, reading, _nothing(sampling), None)
+    steering = (_nothing(params), _nothing(pages), NO_VALUE, reading, _nothing(sampling), NO_VALUE)
     parts = {"parameters": params, "cache": pages, "batch": shapes}
     return Program(step, (params, pages, *shapes), (1,), steering, parts)
 
@@ -254,12 +256,12 @@ def _check_batch(rows: int, mesh: Mesh) -> None:
 
 
 def _nothing(tree: Any) -> Any:
-    return jax.tree.map(lambda _: None, tree)
+    return jax.tree.map(lambda _: NO_VALUE, tree)
 
 
 def steering_values(program: Program) -> list[Any]:
     """One for each argument of the traced program, in its order."""
-    return jax.tree.leaves(program.steering, is_leaf=lambda x: x is None)
+    return [None if x is NO_VALUE else x for x in jax.tree.leaves(program.steering)]
 
 
 def bytes_per_device(tree: Any) -> float:
