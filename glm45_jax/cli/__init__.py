@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train a model from a YAML file"),
     "tokenize": ("tokenize", "text to ArrayRecord files of tokens, once for many runs"),
     "bench": ("bench", "time the kernels on the device at hand, or a server under load"),
+    "eval": ("eval", "perplexity of a text, questions with known answers, lm-evaluation-harness"),
     "plan": ("plan", "steps and kernels compiled for chips that are not there: memory, FLOPs, time"),
     "quickstart": ("quickstart", "train, convert and question a small model, in minutes on a laptop"),
 }
