@@ -27,7 +27,6 @@ from circumstances import circumstances, write_figures
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "engine.md"
 BATCHES, ACCEPTANCES, MOST_DRAFTS, SPECULATED_LENGTH = (1, 8, 32, 128), (0.6, 0.8, 0.9), 3, 1536
-PUBLISHED = {"glm-4.5-air": 28.8}  # ms a token, sglang-jax on 4 tpu7x chips: see docs/engine.md
 
 
 @dataclasses.dataclass(frozen=True)

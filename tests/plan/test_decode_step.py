@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from glm45_jax.config import get_preset
@@ -61,6 +63,22 @@ def test_the_ceiling_of_speculation(config) -> None:
 @pytest.mark.parametrize(("model", "devices", "tensor"), [(AIR, 8, 8), (FULL, 16, 16), (AIR, 32, 32)])
 def test_meshes_of_the_engine(model, devices, tensor) -> None:
     assert engine_mesh(model, devices) == MeshConfig(tensor=tensor, expert=1, data=-1, fsdp=1)
+
+
+def test_the_command_plans_the_engines_step(tmp_path, capsys) -> None:
+    from glm45_jax.cli import main
+
+    file = tmp_path / "plan.json"
+    args = ["--model", "tiny", "--slice", "tpu7x:2x2x1", "--mesh", "tensor=2,expert=4,fsdp=1", "--no-compile"]
+    args += ["--batch-size", "8", "--seq-len", "64", "--page-size", "32", "--json", str(file)]
+    assert main(["plan", "decode", *args, "--engine", "--quantize", "int8", "--cache-dtype", "int8"]) == 0
+    found = json.loads(file.read_text())
+    assert found["model"] == "tiny, weights in int8, cache in int8, engine" and "fused_moe" in found["kernels"]
+    assert main(["plan", "decode", *args]) == 0
+    plain = json.loads(file.read_text())
+    assert plain["model"] == "tiny" and plain["memory"]["parameters"] > 1.3 * found["memory"]["parameters"]
+    assert main(["plan", "decode", *args, "--cache-dtype", "int8"]) == 2
+    assert "--engine" in capsys.readouterr().err
 
 
 def test_a_quantised_cache_is_the_engines() -> None:
