@@ -77,7 +77,9 @@ def main(args: Serve) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("requests", total=load.requests)
         seen, seconds = asyncio.run(
-            loads.run(load, args.url.rstrip("/").removesuffix("/v1"), api_key=key, on_end=lambda _: progress.advance(bar))
+            loads.run(
+                load, args.url.rstrip("/").removesuffix("/v1"), api_key=key, on_end=lambda _: progress.advance(bar)
+            )
         )
     figures = loads.summary(seen, seconds, first_limit=args.first_limit, token_limit=args.token_limit)
     if args.plot:
@@ -117,7 +119,11 @@ def _table(figures: dict[str, Any], args: Serve) -> Any:
     table.add_column("milliseconds")
     for name in ("p50", "p90", "p99"):
         table.add_column(name, justify="right")
-    names = {"to_first_token": "to the first token", "per_token": "for each further token", "whole": "for a whole answer"}
+    names = {
+        "to_first_token": "to the first token",
+        "per_token": "for each further token",
+        "whole": "for a whole answer",
+    }
     for key, name in names.items():
         if figures[key]:
             table.add_row(name, *(f"{1e3 * value:.1f}" for value in figures[key].values()))

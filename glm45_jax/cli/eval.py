@@ -160,7 +160,9 @@ def _perplexity(args: Perplexity) -> int:
     }  # fmt: skip
     if args.against is not None:
         if args.against == "keep":
-            raise UserError("--against takes a form to quantise to, such as int8; keep is for what is quantised already")
+            raise UserError(
+                "--against takes a form to quantise to, such as int8; keep is for what is quantised already"
+            )
         with Console(stderr=True).status(f"the same with {args.against} weights"):
             other = compare(params, quantize_params(params, config, args.against), config, tokens, **how)
         figures |= {

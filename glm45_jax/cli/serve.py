@@ -18,7 +18,8 @@ from glm45_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Serves a model over HTTP, as OpenAI's clients ask: POST /v1/chat/completions and /v1/completions.
+    """Serves a model over HTTP, as OpenAI's and Anthropic's clients ask: POST /v1/chat/completions, /v1/completions,
+    /v1/responses and /v1/messages; with a page to chat at /.
 
     Only this machine can ask, unless --host says otherwise. SIGTERM or Ctrl-C end it when running requests have
     finished. Each request is one line of JSON on standard error, without its contents.
@@ -54,6 +55,8 @@ class Serve:
     """The most that a request may ask for."""
     max_n: int = 16
     """The most answers of one request."""
+    store_bytes: int = 64 << 20
+    """Memory for answers that clients ask to be kept (`store` of POST /v1/responses); 0: none are."""
     drain_seconds: float = 300.0
     """How long running requests may go on after SIGTERM."""
     warm_up: bool = True
@@ -78,8 +81,9 @@ def main(argv: list[str]) -> int:
 
     keys = (*args.api_key, *filter(None, [os.environ.get("GLM45_API_KEY")]))
     options = ServeOptions(
-        api_keys=keys, queue=args.queue, max_tokens=args.max_tokens, max_n=args.max_n, drain_seconds=args.drain_seconds
-    )
+        api_keys=keys, queue=args.queue, max_tokens=args.max_tokens, max_n=args.max_n, store_bytes=args.store_bytes,
+        drain_seconds=args.drain_seconds,
+    )  # fmt: skip
     sizes = EngineOptions(
         slots=args.slots, cache_tokens=args.cache_tokens, step_tokens=args.step_tokens, drafts=args.drafts,
         cache_dtype=args.cache_dtype, warm_up=args.warm_up,

@@ -8,6 +8,7 @@ Axes: L layers (the MTP layer's last), K kv heads, S tokens of a row, B rows.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.model import Params, Ragged, init_pages, mtp_paged_step, paged_step
+from glm45_jax.model.paged import Pages, QuantizedPages
 from glm45_jax.text import Tokenizer
 
 CACHE_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn", "float8_e4m3fn": "float8_e4m3fn"}
@@ -50,6 +52,29 @@ def cache_dtype_of(name: str | None) -> str | None:
     if name not in CACHE_DTYPES:
         raise UserError(f"cache_dtype {name!r}: choose float32, bfloat16, {', '.join(CACHE_DTYPES)}, or None")
     return CACHE_DTYPES[name]
+
+
+def checked_cache(options: Any) -> Any:
+    """An engine's options with numpy's name of the cache's dtype; a quantised one's pages have a multiple of 32 tokens,
+    the rows of a TPU's tile of bytes. Raises UserError as `cache_dtype_of`."""
+    dtype = cache_dtype_of(options.cache_dtype)
+    size = -(-options.page_size // _PAGE) * _PAGE if dtype in _LARGEST else options.page_size
+    return dataclasses.replace(options, cache_dtype=dtype, page_size=size)
+
+
+def new_cache(params: Params, config: ModelConfig, options: Any, count: int, tokenizer: Tokenizer | None) -> Pages:
+    """`count` pages as an engine's options (`checked_cache`) say, with their scales measured."""
+    dtype = options.cache_dtype
+    scales = cache_scales(params, config, dtype, tokenizer=tokenizer) if dtype in _LARGEST else None
+    return init_pages(config, count, options.page_size, dtype, scales)
+
+
+def recalibrated(pages: Pages, params: Params, config: ModelConfig, tokenizer: Tokenizer | None) -> Pages:
+    """The pages with the scales of other weights; what they hold is then not to be read any more."""
+    if not isinstance(pages, QuantizedPages):
+        return pages
+    scales = cache_scales(params, config, pages.values.dtype.name, tokenizer=tokenizer)
+    return dataclasses.replace(pages, scales=scales)
 
 
 def cache_scales(

@@ -26,23 +26,24 @@ import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.infer.calibrate import CACHE_DTYPES, cache_dtype_of, cache_scales
+from glm45_jax.infer.calibrate import checked_cache, new_cache, recalibrated
+from glm45_jax.infer.constraint import Constraints, Place
 from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
+from glm45_jax.infer.grammar import Grammar, Grammars
 from glm45_jax.infer.pages import Pages
-from glm45_jax.infer.request import Delta, Request
-from glm45_jax.infer.sampling import SamplingOptions, SamplingParams, TokenCounts, sampling_params
+from glm45_jax.infer.request import Delta, EngineClosed, Request, Top
+from glm45_jax.infer.sampling import SamplingOptions, sampling_params
 from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
-from glm45_jax.infer.steps import Chosen, Drafted, Reading, Special, choose, draft, read
+from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings, without_biases
+from glm45_jax.infer.steps import MOST_LIKELIEST, Chosen, Drafted, Likeliest, Reading, choose, draft, likeliest, read
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
-from glm45_jax.model import Params, init_pages
-from glm45_jax.model.paged import QuantizedPages
+from glm45_jax.model import Params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
 _LEAST_TOKENS = 16  # of a step that reads prompts
 _FEW_ROWS = 4
-MOST_BIASES = 1024  # logits of a request's that have one
 _FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
@@ -62,8 +63,7 @@ class EngineOptions:
     drafts: int = 0
     """Tokens that the MTP layer drafts ahead of each sequence, where it pays; answers stay the same."""
     cache_dtype: str | None = None
-    """Of keys and values; None: as the model computes. "int8" and "fp8" with scales that are measured at the start, and
-    anew for other weights (`infer.calibrate`); pages then have a multiple of 32 tokens."""
+    """Of keys and values; None: as the model computes; "int8" and "fp8" by `calibrate.py`, in pages of 32 or more."""
     warm_up: bool = True
     """Compile all sizes of steps at the start."""
 
@@ -76,6 +76,7 @@ class _Flight:
     requests: list[Request]
     chosen: Chosen
     drafted: Drafted | None
+    top: Likeliest | None
     began: float
 
 
@@ -98,7 +99,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         options: EngineOptions | None = None,
     ):
-        self.config, self.options, self.tokenizer = config, options or EngineOptions(), tokenizer
+        self.config, self.options, self.tokenizer = config, checked_cache(options or EngineOptions()), tokenizer
         o = self.options
         for name in ("slots", "cache_tokens", "page_size", "step_tokens"):
             if getattr(o, name) < 1:
@@ -110,9 +111,6 @@ class Engine:
                 f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}) times (1 + drafts), and drafts "
                 f"({o.drafts}) 0 or more: all decode in one step"
             )
-        self._cache_dtype = cache_dtype_of(o.cache_dtype)
-        if self._cache_dtype in CACHE_DTYPES:  # a TPU's tiles of bytes have 32 rows
-            self.options = o = dataclasses.replace(o, page_size=-(-o.page_size // 32) * 32)
         self._params, self._mesh = params, jax.sharding.get_mesh()  # a thread has none of its own
         self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size)
         self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens, o.drafts)
@@ -126,7 +124,8 @@ class Engine:
         self._failure: BaseException | None = None
         self._counts = collections.Counter[str]()
         self._finished_at = 0.0
-        self._plain = sampling_params(1, config.vocab_size)
+        self._settings = Settings(config.vocab_size)
+        self._constraints = Constraints(tokenizer, config)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="glm45-engine", daemon=True)
         self._thread.start()
@@ -141,6 +140,11 @@ class Engine:
         return min(self.config.max_position_embeddings, self._width * self.options.page_size)
 
     @property
+    def grammars(self) -> Grammars:
+        """Compiles grammars for `submit`. Raises `UserError` without a tokenizer."""
+        return self._constraints.grammars
+
+    @property
     def failure(self) -> BaseException | None:
         """What has ended the engine; None while it works."""
         return self._failure
@@ -152,12 +156,25 @@ class Engine:
         *,
         stop_ids: int | Seq[int] | None = None,
         stop_strings: str | Seq[str] | None = None,
+        grammar: Grammar | None = None,
+        thought: Place = "after",
+        thought_budget: int | None = None,
+        top_logprobs: int = 0,
         **options: Unpack[SamplingOptions],
     ) -> Request:
-        """Starts a request; the arguments are those of `generate`, of one prompt.
+        """Starts a request; the other arguments are those of `generate`, of one prompt.
+
+        Args:
+          grammar: of `engine.grammars`, for what follows the thought; the model's end tokens end it.
+          thought: where the answer begins: "before" a thought that the model opens itself (with a grammar it has to),
+            "inside" of one that the prompt has opened, in the "gap" behind one, where a newline may stand before what
+            the grammar allows, or "after" all that.
+          thought_budget: tokens of the thought; then it is closed.
+          top_logprobs: of so many of the likeliest tokens in each place the log-probabilities are wanted.
 
         Raises:
           UserError: what `generate` refuses, or a prompt that the cache has no room for.
+          EngineClosed: the engine is closed.
         """
         self._check_alive()
         tokens = check_prompt(prompt, 0, self.config)
@@ -172,17 +189,24 @@ class Engine:
         texts = check_stop_strings(stop_strings)
         if texts and self.tokenizer is None:
             raise UserError("stop_strings are looked for in text: give the engine its tokenizer")
+        if not 0 <= top_logprobs <= MOST_LIKELIEST:
+            raise UserError(f"top_logprobs is {top_logprobs}; it must be 0 to {MOST_LIKELIEST}")
         limit = min(int(max_new_tokens), self.room - len(tokens))
-        sequence = Sequence(len(tokens), tokens, limit, alone=sampling.uses_penalties)
+        constraint = self._constraints.make(grammar, thought, thought_budget)
+        alone = sampling.uses_penalties or constraint is not None
+        sequence = Sequence(len(tokens), tokens, limit, alone=alone)
         ids = frozenset(int(i) for i in np.atleast_1d(np.asarray(stops, np.int64)))
         text = StoppableText(self.tokenizer, texts) if self.tokenizer else None
-        request = Request(sequence, sampling, ids, text, self._cancel)
+        request = Request(sequence, sampling, ids, text, self._cancel, constraint, top_logprobs)
         self._send(request)
         return request
 
     def generate_batch(self, prompts: Seq[Seq[int]], max_new_tokens: int = 256, **options: Any) -> list[Generation]:
         """All prompts' answers, in order; options that are lists have one for each prompt."""
-        of = lambda i: {k: v[i] if isinstance(v, list) and k not in _OF_ALL else v for k, v in options.items()}  # noqa: E731
+
+        def of(i: int) -> dict[str, Any]:
+            return {k: v[i] if isinstance(v, list) and k not in _OF_ALL else v for k, v in options.items()}
+
         requests = [self.submit(prompt, max_new_tokens, **of(i)) for i, prompt in enumerate(prompts)]
         return [request.result() for request in requests]
 
@@ -230,7 +254,7 @@ class Engine:
     def _send(self, message: Any) -> None:
         with self._wanted:
             if self._closing:
-                raise UserError("the engine is closed")
+                raise EngineClosed("the engine is closed")
             self._inbox.append(message)
             self._wanted.notify_all()
 
@@ -254,6 +278,7 @@ class Engine:
             self._failure = error
         finally:
             self._ready.set()
+            self._settings.close()
             with self._wanted:
                 self._closing = True
                 left = [*self._requests.values(), *(m for m in self._inbox if isinstance(m, Request))]
@@ -261,8 +286,8 @@ class Engine:
                 request.push(Delta(finish_reason="error", error=f"the engine has failed: {self._failure}"))
 
     def _serve(self) -> None:
-        dtype, count = self._cache_dtype, self._pool.count + 1  # one to spare
-        self._pages = init_pages(self.config, count, self.options.page_size, dtype, self._cache_scales())
+        count = self._pool.count + 1  # one to spare
+        self._pages = new_cache(self._params, self.config, self.options, count, self.tokenizer)
         self._last = jnp.zeros(self.options.slots, jnp.int32)
         if self.options.warm_up:
             self._warm_up()
@@ -276,11 +301,6 @@ class Engine:
             if flying is not None:
                 self._finish(flying)
             flying = now
-
-    def _cache_scales(self) -> Any:
-        if self._cache_dtype not in CACHE_DTYPES:
-            return None
-        return cache_scales(self._params, self.config, self._cache_dtype, tokenizer=self.tokenizer)
 
     def _take_messages(self, idle: bool) -> bool:
         """What callers sent; False when all is done and the engine is to close."""
@@ -309,13 +329,14 @@ class Engine:
             case (params, done):
                 self._params = params
                 self._scheduler.begin_anew()
-                if isinstance(self._pages, QuantizedPages):
-                    self._pages = dataclasses.replace(self._pages, scales=self._cache_scales())
+                self._pages = recalibrated(self._pages, params, self.config, self.tokenizer)
                 done.set()
 
     def _begin(self, request: Request) -> None:
         sequence, scheduler = request.sequence, self._scheduler
-        if not sequence.alone and self._drafting.begins_with_drafts(self._rows(len(scheduler.running) + 1)):
+        if not request.sampling.uses_penalties and self._drafting.begins_with_drafts(
+            self._rows(len(scheduler.running) + 1)
+        ):
             sequence.drafting, sequence.salt = True, b"drafts"
         self._requests[sequence.number] = request
         scheduler.add(sequence)
@@ -337,62 +358,33 @@ class Engine:
         total, most = sum(part.size for part in parts), self.options.drafts
         most = most if any(part.sequence.drafting for part in parts) else 0
         rows, tokens = self._size(len(parts), total, most)
-        sampling, special = self._sampling(requests, rows)
-        chosen, drafted = self._step(self._reading(parts, rows, tokens), sampling, special, most)
+        top = any(request.top_logprobs for request in requests)
+        found = self._step(
+            self._reading(parts, rows, tokens), parts, requests, most, self._settings.kind(requests), top
+        )
         self._counts["steps"] += 1
         self._counts["tokens_read"] += total
-        return _Flight(parts, requests, chosen, drafted, began)
+        return _Flight(parts, requests, *found, began)
 
     def _reading(self, parts: list[Part], rows: int, tokens: int) -> Reading:
         return Reading(**arrays_of(parts, rows, tokens, self._width, self.options.slots, self._pool.count))
 
     def _step(
-        self, reading: Reading, sampling: SamplingParams, special: Special | None, most: int
-    ) -> tuple[Chosen, Drafted | None]:
-        before, drafted = _compiled(), None
+        self, reading: Reading, parts: list[Part], requests: list[Request], most: int, kind: Kind, top: bool
+    ) -> tuple[Chosen, Drafted | None, Likeliest | None]:
+        before, drafted, rows, vocab = _compiled(), None, len(reading.lengths), self._vocab_size
         logits, hidden, self._pages = read(self._params, self.config, self._pages, self._last, reading, most=most)
-        chosen = choose(logits, self._last, sampling, reading, self._vocab_size, special)
+        sampling = self._settings.sampling(requests, rows, kind)
+        special = self._settings.special(parts, requests, rows, 1 + most, kind)  # while the device reads
+        chosen = choose(logits, self._last, sampling, reading, vocab, special)
         self._last = chosen.last
+        likely = likeliest(logits, vocab) if top else None
         if hidden is not None:
-            plain = self._without_special(sampling)
-            args = self._pages, hidden, chosen.tokens, plain, reading, self._vocab_size
+            args = self._pages, hidden, chosen.tokens, without_biases(sampling), reading, vocab
             drafted = draft(self._params, self.config, *args, most=most)
             self._pages = drafted.pages
         self._counts["compiled_in_service"] += _compiled() - before
-        return chosen, drafted
-
-    def _without_special(self, sampling: SamplingParams) -> SamplingParams:
-        rows = sampling.seed.shape[0]
-        empty = {"bias_ids": np.zeros((rows, 0), np.int32), "bias_values": np.zeros((rows, 0), np.float32)}
-        return dataclasses.replace(sampling, **empty)
-
-    def _sampling(
-        self, requests: list[Request], rows: int, special: bool = False
-    ) -> tuple[SamplingParams, Special | None]:
-        """Settings of the rows, and with them what only some need, where any does or it is asked for."""
-        each = [request.sampling for request in requests] + [self._plain] * (rows - len(requests))
-        special = special or any(s.bias_ids.shape[1] or s.uses_penalties for s in each)
-        width = MOST_BIASES if special else 0
-        wide = lambda x, fill: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)  # noqa: E731
-        fields = {}
-        for field in dataclasses.fields(SamplingParams):
-            values = [getattr(s, field.name) for s in each]
-            if field.name in ("bias_ids", "bias_values"):
-                fill = self.config.vocab_size if field.name == "bias_ids" else 0
-                values = [wide(x, fill) for x in values]
-            fields[field.name] = np.concatenate(values)
-        return SamplingParams(**fields), self._special(requests, rows) if special else None
-
-    def _special(self, requests: list[Request], rows: int) -> Special:
-        shape = rows, self.config.vocab_size
-        in_prompt, in_answer = np.zeros(shape, bool), np.zeros(shape, np.int32)
-        for row, request in enumerate(requests):
-            if request.sampling.uses_penalties:  # all tokens are known: such a sequence is alone
-                sequence = request.sequence
-                in_prompt[row, sequence.tokens[: sequence.prompt_length]] = True
-                np.add.at(in_answer[row], sequence.tokens[sequence.prompt_length :], 1)
-        words = -(-self.config.vocab_size // 32)
-        return Special(TokenCounts(in_prompt, in_answer), np.full((rows, words), 0xFFFFFFFF, np.uint32))
+        return chosen, drafted, likely
 
     def _finish(self, flight: _Flight) -> None:
         """Hands out what a step has chosen; waits for it."""
@@ -406,22 +398,32 @@ class Engine:
                 self._drafting.saw(len(part.drafts), held)
                 next_drafts = drafts[row].tolist() if part.sequence.drafting else []
                 new = tokens[row, : held + 1].tolist(), logprobs[row, : held + 1].tolist()
-                self._hand_out(request, *new, next_drafts)
+                self._hand_out(request, *new, next_drafts, self._top(flight, row, held + 1))
         now, since = time.monotonic(), max(flight.began, self._finished_at)
         self._finished_at = now
         if all(part.count == 1 for part in flight.parts):
             self._drafting.timed(self._rows(len(flight.parts)), now - since, drafts=drafted is not None)
 
-    def _hand_out(self, request: Request, tokens: list[int], logprobs: list[float], drafts: list[int]) -> None:
+    def _top(self, flight: _Flight, row: int, count: int) -> list[Top]:
+        """The likeliest tokens in each of the first places of a row, where its request asks for them."""
+        wanted = flight.requests[row].top_logprobs
+        if not wanted or flight.top is None:
+            return []
+        first = row * flight.chosen.tokens.shape[1]
+        tokens, logprobs = (np.asarray(x[first : first + count, :wanted]).tolist() for x in flight.top)
+        return [tuple(zip(*place)) for place in zip(tokens, logprobs)]
+
+    def _hand_out(
+        self, request: Request, tokens: list[int], logprobs: list[float], drafts: list[int], top: list[Top]
+    ) -> None:
         """New tokens of one request, up to where it ends."""
         sequence, text, piece, reason = request.sequence, request.text, "", None
         used = 0
         for token, logprob in zip(tokens, logprobs):
-            if math.isnan(logprob):
-                why = "the model's logits are not numbers; the checkpoint is damaged, or the dtype too narrow"
+            if why := self._wrong(request, token, logprob):
                 return self._end(request, Delta(finish_reason="error", error=why))
             used += 1
-            stopped = token in request.stop_ids
+            stopped = token in request.stop_ids or (request.constraint is not None and request.constraint.ended)
             if text is not None and not stopped:
                 piece += text.push(token)
                 stopped = text.stopped
@@ -432,11 +434,23 @@ class Engine:
         request.logprobs += logprobs
         self._counts["tokens_chosen"] += used
         self._scheduler.put(sequence, tokens, drafts)
+        if request.constraint is not None and request.constraint.done:  # nothing is to wait for any more
+            request.constraint, sequence.alone = None, request.sampling.uses_penalties
+        delta = Delta(tuple(tokens), tuple(logprobs), piece, top=tuple(top[:used]))
         if reason is None:
-            return request.push(Delta(tuple(tokens), tuple(logprobs), piece))
+            return request.push(delta)
         self._counts["finished"] += 1
         piece += text.finish() if text is not None else ""
-        return self._end(request, Delta(tuple(tokens), tuple(logprobs), piece, reason))
+        return self._end(request, dataclasses.replace(delta, text=piece, finish_reason=reason))
+
+    def _wrong(self, request: Request, token: int, logprob: float) -> str | None:
+        """Why an answer cannot go on with a token."""
+        if math.isnan(logprob):
+            return "the model's logits are not numbers; the checkpoint is damaged, or the dtype too narrow"
+        if request.constraint is not None:
+            request.constraint.take(token)
+            return request.constraint.error
+        return None
 
     def _end(self, request: Request, delta: Delta) -> None:
         self._scheduler.end(request.sequence)
@@ -466,13 +480,14 @@ class Engine:
     def _warm_up(self) -> None:
         for most in sorted({0, self.options.drafts}):
             for rows, tokens in self._sizes(most):
-                for special in (True, False):
-                    self._step(self._reading([], rows, tokens), *self._sampling([], rows, special), most)
+                for kind in KINDS:
+                    self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
+        self._constraints.prepare()
         jax.block_until_ready(self._pages)
 
 
 def _compiled() -> int:
-    return sum(f._cache_size() for f in (read, choose, draft))  # pyright: ignore[reportFunctionMemberAccess]
+    return sum(f._cache_size() for f in (read, choose, draft, likeliest))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _doubling(first: int, last: int) -> Iterator[int]:

@@ -11,12 +11,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal
 
 from glm45_jax.errors import UserError
+from glm45_jax.infer.constraint import Constraint
 from glm45_jax.infer.generate import Generation
 from glm45_jax.infer.sampling import SamplingParams
 from glm45_jax.infer.schedule import Sequence
 from glm45_jax.infer.text_stop import StoppableText
 
+Top = tuple[tuple[int, float], ...]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class EngineClosed(UserError):
+    """The engine takes no requests any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Delta:
     """What came since the last one.
 
     Attributes:
+      top: for each token the likeliest ones in its place, as (token, log-probability), where they were asked for.
       text: of the answer; empty without a tokenizer, or while a character or a stop string is not whole.
       finish_reason: of the last one; None before.
     """
@@ -33,6 +40,7 @@ class Delta:
     text: str = ""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    top: tuple[Top, ...] = ()
 
 
 class Request:
@@ -45,8 +53,11 @@ class Request:
         stop_ids: frozenset[int],
         text: StoppableText | None,
         cancel: Callable[[Request], None],
+        constraint: Constraint | None = None,
+        top_logprobs: int = 0,
     ):
         self.sequence, self.sampling, self.stop_ids, self.text = sequence, sampling, stop_ids, text
+        self.constraint, self.top_logprobs = constraint, top_logprobs
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None

@@ -21,6 +21,8 @@ from glm45_jax.infer.sampling import SamplingParams, TokenCounts, sample
 from glm45_jax.model import Params
 from glm45_jax.model.paged import Ragged, mtp_paged_step, paged_step
 
+MOST_LIKELIEST = 20  # tokens whose log-probabilities a request may ask for
+
 
 class Reading(NamedTuple):
     """What a step reads; see `schedule.arrays_of`."""
@@ -40,8 +42,8 @@ class Reading(NamedTuple):
 class Special(NamedTuple):
     """What only some requests need of the choice of a token."""
 
-    counts: TokenCounts
-    allowed: UInt32[Array, "R V/32"]  # bit v % 32 of word v // 32: whether token v may be chosen
+    counts: TokenCounts | None
+    allowed: UInt32[Array, "W V/32"]  # bit v % 32 of word v // 32: whether token v may be chosen
 
 
 class Chosen(NamedTuple):
@@ -50,6 +52,13 @@ class Chosen(NamedTuple):
     tokens: Int[Array, "R C"]
     logprobs: Float[Array, "R C"]
     last: Int[Array, " S"]
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens in the model's own distribution, the likeliest first."""
+
+    tokens: Int[Array, "W k"]
+    logprobs: Float[Array, "W k"]
 
 
 class Drafted(NamedTuple):
@@ -91,14 +100,22 @@ def choose(
     each = logits.shape[0] // rows
     counts, allowed = None, None
     if special is not None:
-        counts, allowed = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), special)
-        allowed = _bits(allowed, logits.shape[1])
+        counts = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), special.counts)
+        allowed = _bits(special.allowed, logits.shape[1])
     positions = (reading.lengths - reading.drafts)[:, None] + jnp.arange(each)
     sampling = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), sampling)
     tokens, logprobs = (
         x.reshape(rows, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
     )
     return Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop"))
+
+
+@jax.jit
+def likeliest(logits: Float[Array, "W V"], vocab_size: Int[Array, ""]) -> Likeliest:
+    """What could have been chosen, for requests that ask for it: of `MOST_LIKELIEST` tokens, or of all there are."""
+    real = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
+    values, tokens = jax.lax.top_k(real, min(MOST_LIKELIEST, logits.shape[1]))
+    return Likeliest(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")

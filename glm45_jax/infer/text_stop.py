@@ -17,6 +17,7 @@ class StoppableText:
     Attributes:
       text: all that was handed out.
       stopped: a stop string has occurred; nothing more comes.
+      stop_string: which one.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
@@ -25,6 +26,7 @@ class StoppableText:
         self._waiting = ""
         self.text = ""
         self.stopped = False
+        self.stop_string: str | None = None
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
@@ -41,8 +43,8 @@ class StoppableText:
 
     def _take(self, piece: str) -> str:
         waiting = self._waiting + piece
-        found = [(at + len(stop), at) for stop in self._stop_strings if (at := waiting.find(stop)) >= 0]
-        self.stopped = bool(found)
+        found = [(at + len(stop), at, stop) for stop in self._stop_strings if (at := waiting.find(stop)) >= 0]
+        self.stopped, self.stop_string = bool(found), min(found)[2] if found else None
         keep = min(found)[1] if found else len(waiting) - self._possible_beginning(waiting)
         self._waiting = "" if found else waiting[keep:]
         self.text += waiting[:keep]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -13,9 +12,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from glm45_jax.errors import UserError
-from glm45_jax.infer import Delta, Engine, Request
+from glm45_jax.infer import Delta, Engine, EngineClosed, Request
 from glm45_jax.serve.asked import Asked
 from glm45_jax.serve.errors import ApiError
+from glm45_jax.serve.forms import Form
 from glm45_jax.serve.record import record_of
 
 T = TypeVar("T")
@@ -71,6 +71,9 @@ class Answers:
             for number in range(asked.answers):
                 seed, prompt = (asked.seed + number) % 2**32, asked.prompts[number // asked.n]
                 self.requests.append(engine.submit(prompt, seed=seed, **asked.submit))
+        except EngineClosed as error:
+            self.cancel()
+            raise ApiError(503, str(error), code="draining") from error
         except UserError as error:
             self.cancel()
             raise ApiError(400 if engine.failure is None else 500, str(error)) from error
@@ -149,7 +152,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: each value as JSON, then `[DONE]`; an error becomes the last event but one.
+    """Server-sent events in a route's form; an error becomes an event too.
 
     Args:
       events: what to send.
@@ -157,9 +160,12 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    idle_seconds = 15.0
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any]], end: Callable[[], None], headers: dict[str, str]):
-        self._events, self._end = events, end
+    def __init__(
+        self, events: AsyncGenerator[dict[str, Any]], end: Callable[[], None], headers: dict[str, str], form: Form
+    ):
+        self._events, self._end, self._form = events, end, form
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
 
@@ -173,14 +179,29 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._sent_at = time.monotonic()
+        keeping = asyncio.create_task(self._keep_alive(send))
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
-                    await self._send(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+                    await self._send(send, self._form.event(event))
         except ApiError as error:
-            await self._send(send, json.dumps(error.body))
-        await self._send(send, "[DONE]")
+            await self._send(send, self._form.event(self._form.error(error)))
+        finally:
+            keeping.cancel()
+        if self._form.last:
+            await self._send(send, self._form.last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _keep_alive(self, send: Send) -> None:
+        """Sends something now and then while no event comes."""
+        while True:
+            left = self._sent_at + self.idle_seconds - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+            else:
+                await self._send(send, self._form.idle)
+
     async def _send(self, send: Send, data: str) -> None:
-        await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        self._sent_at = time.monotonic()
+        await send({"type": "http.response.body", "body": data.encode(), "more_body": True})

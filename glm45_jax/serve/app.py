@@ -1,8 +1,9 @@
-"""The application: routes, and errors in OpenAI's form."""
+"""The application: routes, and errors in the form of each."""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,16 +22,22 @@ from glm45_jax.serve.asked import Model, read_chat, read_completion
 from glm45_jax.serve.chat import ChatWriter
 from glm45_jax.serve.completions import CompletionWriter
 from glm45_jax.serve.errors import ApiError
+from glm45_jax.serve.forms import ANTHROPIC, TYPED, form_of
 from glm45_jax.serve.guard import Guard
+from glm45_jax.serve.messages import AnthropicWriter, count_tokens, read_anthropic
 from glm45_jax.serve.metrics import Metrics
 from glm45_jax.serve.options import ServeOptions
+from glm45_jax.serve.page import page_route
 from glm45_jax.serve.record import record_of
+from glm45_jax.serve.responses import ResponseWriter
+from glm45_jax.serve.responses_asked import read_response
 from glm45_jax.serve.service import Service
+from glm45_jax.serve.stored import Store
 from glm45_jax.serve.tokens import detokenize, tokenize
 
 
 class App:
-    """An ASGI application that serves one model over OpenAI's HTTP interface.
+    """An ASGI application that serves one model over the HTTP interfaces of OpenAI and Anthropic.
 
     Args:
       engine: with its tokenizer; whoever made it closes it.
@@ -50,7 +57,8 @@ class App:
         model = Model(name, engine, engine.tokenizer, options)
         self.gate = Gate(engine.options.slots + options.queue)
         service, metrics = Service(model, self.gate), Metrics(engine, self.gate)
-        routes = _routes(service, metrics)
+        store = Store(options.store_bytes)
+        routes = _answering(service, store) + _kept(store) + _about(service, metrics)
         errors: dict[Any, Any] = {
             ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _own_fault,
         }  # fmt: skip
@@ -62,15 +70,56 @@ class App:
         await self._app(scope, receive, send)
 
 
-def _routes(service: Service, metrics: Metrics) -> list[Route]:
+def _answering(service: Service, store: Store) -> list[Route]:
+    """The routes that the engine works for, and those that prepare what they are asked."""
+
     async def chat(request: Request) -> Response:
         return await service.answer(request, read_chat, ChatWriter)
 
     async def completions(request: Request) -> Response:
         return await service.answer(request, read_completion, CompletionWriter)
 
+    async def messages(request: Request) -> Response:
+        return await service.answer(request, read_anthropic, AnthropicWriter, ANTHROPIC)
+
+    async def responses(request: Request) -> Response:
+        read, writer = functools.partial(read_response, store), functools.partial(ResponseWriter, store)
+        return await service.answer(request, read, writer, TYPED)
+
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", _in_a_thread(service, count_tokens), methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/tokenize", _in_a_thread(service, tokenize), methods=["POST"]),
+        Route("/detokenize", _in_a_thread(service, detokenize), methods=["POST"]),
+    ]
+
+
+def _kept(store: Store) -> list[Route]:
+    """Answers that were kept."""
+
+    async def response(request: Request) -> Response:
+        name = request.path_params["name"]
+        stored = store.get(name)
+        if stored is None:
+            raise ApiError(404, "there is no such answer; only those asked for with store: true are kept for a while")
+        if request.method == "DELETE":
+            store.drop(name)
+            return JSONResponse({"id": name, "object": "response", "deleted": True})
+        return JSONResponse(stored.response)
+
+    return [Route("/v1/responses/{name}", response, methods=["GET", "DELETE"])]
+
+
+def _about(service: Service, metrics: Metrics) -> list[Route]:
+    """The model, and how the server is."""
+
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_card(service)]})
+        card = _card(service)
+        ends = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}
+        return JSONResponse({"object": "list", "data": [card], **ends})
 
     async def model(request: Request) -> Response:
         if request.path_params["name"] != service.model.name:
@@ -89,12 +138,9 @@ def _routes(service: Service, metrics: Metrics) -> list[Route]:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
+        page_route(),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
-        Route("/tokenize", _in_a_thread(service, tokenize), methods=["POST"]),
-        Route("/detokenize", _in_a_thread(service, detokenize), methods=["POST"]),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", scrape),
@@ -114,9 +160,11 @@ def _in_a_thread(
 
 
 def _card(service: Service) -> dict[str, Any]:
+    """The model, with the fields of OpenAI's form and Anthropic's."""
+    name, since = service.model.name, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.created))
     return {
-        "id": service.model.name, "object": "model", "created": service.created, "owned_by": "glm45-jax",
-        "max_model_len": service.model.engine.room,
+        "id": name, "object": "model", "created": service.created, "owned_by": "glm45-jax",
+        "max_model_len": service.model.engine.room, "type": "model", "display_name": name, "created_at": since,
     }  # fmt: skip
 
 
@@ -128,12 +176,13 @@ def _works(service: Service) -> bool:
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return error.response()
+    return form_of(request.url.path).response(error)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     what = {404: "there is no such route", 405: f"{request.method} is not allowed here"}
-    return ApiError(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response()
+    said = ApiError(error.status_code, what.get(error.status_code, error.detail), headers=error.headers)
+    return form_of(request.url.path).response(said)
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
@@ -142,4 +191,5 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def _own_fault(request: Request, error: Exception) -> Response:
-    return ApiError(500, "the server has made an error; its log tells which").response()
+    said = ApiError(500, "the server has made an error; its log tells which")
+    return form_of(request.url.path).response(said)

@@ -9,10 +9,12 @@ from typing import Any
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine
-from glm45_jax.infer.engine import MOST_BIASES
+from glm45_jax.infer.settings import MOST_BIASES
+from glm45_jax.infer.steps import MOST_LIKELIEST
 from glm45_jax.serve.errors import refused
 from glm45_jax.serve.fields import Fields, kind_of, read_json
 from glm45_jax.serve.options import MAX_PROMPTS, MAX_STOP_LENGTH, MAX_STOPS, ServeOptions
+from glm45_jax.serve.structure import ToolChoice, compiled, read_budget, read_structure, read_tool_choice, thought_of
 from glm45_jax.serve.tools import check_tools
 from glm45_jax.text import Tokenizer
 
@@ -44,6 +46,7 @@ class Asked:
       submit: what `Engine.submit` takes besides prompt and seed.
       seed: of the first answer; each further one takes the next.
       logprobs: whether those of the chosen tokens are wanted.
+      top_logprobs: of so many of the likeliest tokens in each place they are wanted too.
       ignored: fields that are not known here.
     """
 
@@ -52,6 +55,7 @@ class Asked:
     seed: int
     submit: dict[str, Any]
     logprobs: bool
+    top_logprobs: int
     stream: bool
     include_usage: bool
     ignored: list[str]
@@ -80,23 +84,25 @@ class ChatAsked(Asked):
 
 def read_chat(model: Model, body: bytes) -> ChatAsked:
     """A body of POST /v1/chat/completions. Raises `ApiError`."""
-    fields = Fields(read_json(body))
-    prompt, tools = _conversation(model, fields)
-    wanted = fields.boolean("logprobs")
-    if fields.integer("top_logprobs", 0, 0, 20):
-        raise fields.wrong("top_logprobs", "not supported yet: those of the chosen tokens come with `logprobs` alone")
+    return chat_of(model, Fields(read_json(body)))
+
+
+def chat_of(model: Model, fields: Fields) -> ChatAsked:
+    """What the fields of a chat request ask for, wherever they come from. Raises `ApiError`."""
+    talk = _conversation(model, fields)
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 0, MOST_LIKELIEST)
+    if top and not wanted:
+        raise fields.wrong("top_logprobs", "logprobs must be true with it")
     parallel = fields.boolean("parallel_tool_calls", True)
-    form = fields.object("response_format").text("type", "text")
-    if form != "text":
-        raise fields.wrong("response_format", f"{form!r} is not supported yet", "unsupported")
-    choice = _tool_choice(fields)
+    submit = compiled(model, read_structure(fields), talk.tools, talk.choice, parallel)
+    thought = thought_of(model, talk.prompt, talk.thinks)
+    if submit or talk.budget is not None:
+        submit |= {"thought": thought, "thought_budget": talk.budget}
     most = fields.integer("max_tokens", None, 1, model.options.max_tokens)
     most = fields.integer("max_completion_tokens", most, 1, model.options.max_tokens)
-    common = _common(model, fields, [prompt], most or model.engine.room)
-    thinking = model.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
-    return ChatAsked(
-        **common, logprobs=wanted, tools=tools, calls=choice != "none", parallel=parallel, thinking=thinking
-    )
+    common = _common(model, fields, [talk.prompt], most or model.engine.room, top, submit)
+    calls, inside = talk.choice.kind != "none", thought == "inside"
+    return ChatAsked(**common, logprobs=wanted, tools=talk.tools, calls=calls, parallel=parallel, thinking=inside)
 
 
 def read_completion(model: Model, body: bytes) -> Asked:
@@ -106,23 +112,31 @@ def read_completion(model: Model, body: bytes) -> Asked:
     for name, neutral in (("echo", False), ("suffix", ""), ("best_of", fields.get("n", 1))):
         if fields.get(name, neutral) != neutral:
             raise fields.wrong(name, "not supported", "unsupported")
-    wanted = fields.get("logprobs") is not None
-    if fields.integer("logprobs", 0, 0, 5):
-        raise fields.wrong("logprobs", "only 0 is supported yet: those of the chosen tokens")
+    wanted, top = fields.get("logprobs") is not None, fields.integer("logprobs", 0, 0, MOST_LIKELIEST)
+    submit = compiled(model, read_structure(fields), None, ToolChoice("none"), True)
     most = fields.integer("max_tokens", 16, 1, model.options.max_tokens)
-    return Asked(**_common(model, fields, prompts, most), logprobs=wanted)
+    return Asked(**_common(model, fields, prompts, most, top, submit), logprobs=wanted)
 
 
 def read_messages(model: Model, fields: Fields) -> list[int]:
     """The tokens of a conversation, as a chat request renders it."""
-    return _conversation(model, fields)[0]
+    return _conversation(model, fields).prompt
 
 
 # --- the conversation ------------------------------------------------------------------------------------------------
 
 
-def _conversation(model: Model, fields: Fields) -> tuple[list[int], list[dict[str, Any]] | None]:
-    """Token ids, and the tools that the prompt names."""
+@dataclasses.dataclass(frozen=True)
+class _Conversation:
+    prompt: list[int]
+    tools: list[dict[str, Any]] | None
+    choice: ToolChoice
+    thinks: bool
+    budget: int | None
+
+
+def _conversation(model: Model, fields: Fields) -> _Conversation:
+    """Token ids, the tools that the prompt names, and how the model is to think."""
     messages = fields.list("messages")
     if not messages:
         raise fields.wrong("messages", "at least one message is needed")
@@ -130,13 +144,14 @@ def _conversation(model: Model, fields: Fields) -> tuple[list[int], list[dict[st
     tools = fields.list("tools") or None
     if tools:
         check_tools(tools)
-    shown = None if fields.get("tool_choice") == "none" else tools
-    variables = _template_variables(fields)
+    choice = read_tool_choice(fields, tools)
+    variables, budget = _template_variables(fields)
     try:
+        shown = None if choice.kind == "none" else tools
         ids = model.tokenizer.encode_chat(messages, shown, sanitize=True, **variables)
     except UserError as error:
         raise refused(str(error), "messages") from error
-    return ids, tools
+    return _Conversation(ids, tools, choice, variables["enable_thinking"], budget)
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -159,24 +174,17 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return message
 
 
-def _template_variables(fields: Fields) -> dict[str, Any]:
-    """What the client may say to the chat template: a list of known names, each a boolean."""
-    thinking = fields.text("reasoning_effort", "medium") != "none"
-    switch = fields.object("thinking").text("type", "enabled" if thinking else "disabled")
+def _template_variables(fields: Fields) -> tuple[dict[str, Any], int | None]:
+    """What the client may say to the chat template, a list of known names, each a boolean; and the thought's budget."""
+    effort = fields.text("reasoning_effort", "medium") != "none"
+    thinking, own = fields.object("thinking"), fields.object("chat_template_kwargs")
+    switch = thinking.text("type", "enabled" if effort else "disabled")
     if switch not in ("enabled", "disabled"):
         raise fields.wrong("thinking", "its type is enabled or disabled")
-    own = fields.object("chat_template_kwargs")
     variables = {"enable_thinking": own.boolean("enable_thinking", switch == "enabled")}
     if own.get("clear_thinking") is not None:
         variables["clear_thinking"] = own.boolean("clear_thinking")
-    return variables
-
-
-def _tool_choice(fields: Fields) -> str:
-    choice = fields.get("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        raise fields.wrong("tool_choice", "only auto and none are supported yet", "unsupported")
-    return choice
+    return variables, read_budget(fields, thinking, own)
 
 
 # --- prompts of plain completions ------------------------------------------------------------------------------------
@@ -209,7 +217,9 @@ def _tokens(fields: Fields, prompt: Any) -> list[int]:
 # --- what both have --------------------------------------------------------------------------------------------------
 
 
-def _common(model: Model, fields: Fields, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+def _common(
+    model: Model, fields: Fields, prompts: list[list[int]], max_tokens: int, top: int, submit: dict[str, Any]
+) -> dict[str, Any]:
     """The fields of `Asked` that both kinds of requests have. Reads the last fields: the rest is unknown."""
     n = fields.integer("n", 1, 1, model.options.max_n)
     if len(prompts) * n > max(model.options.max_n, MAX_PROMPTS):
@@ -225,7 +235,10 @@ def _common(model: Model, fields: Fields, prompts: list[list[int]], max_tokens: 
         "prompts": prompts,
         "n": n,
         "seed": secrets.randbits(32) if seed is None else seed,
-        "submit": {"max_new_tokens": max_tokens, "stop_ids": stop_ids, "stop_strings": _stop(fields), **sampling},
+        "submit": submit
+        | {"max_new_tokens": max_tokens, "stop_ids": stop_ids, "stop_strings": _stop(fields), **sampling}
+        | ({"top_logprobs": top} if top else {}),
+        "top_logprobs": top,
         "stream": fields.boolean("stream"),
         "include_usage": fields.object("stream_options").boolean("include_usage"),
         "ignored": _ignored(model, fields),

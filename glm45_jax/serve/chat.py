@@ -24,11 +24,11 @@ class Turn:
 
     def __init__(self, model: Model, asked: ChatAsked):
         self._model, self._asked = model, asked
-        self._parser = StreamParser(asked.tools, asked.thinking)
-        self._thinking, self._called = asked.thinking, False
+        self._parser = StreamParser(asked.tools, asked.thinking, calls=asked.tools is not None)
+        self._thinking, self._answering, self._called = asked.thinking, False, False
         special = model.tokenizer.special_ids
         self._opens = special.get("<think>")
-        self._closes = {special.get("</think>"), special.get("<tool_call>")}
+        self._closes = {special.get("</think>"), special.get("<tool_call>") if asked.tools else None}
         self.enough = False
         self.finish_reason: str | None = None
         self.reasoning_tokens = 0
@@ -36,9 +36,7 @@ class Turn:
     def read(self, delta: Delta) -> list[dict[str, Any]]:
         """What one delta of the engine's gives."""
         for token in delta.tokens:
-            self._thinking = self._thinking or token == self._opens
-            self.reasoning_tokens += self._thinking
-            self._thinking = self._thinking and token not in self._closes
+            self._count(token)
         found = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
             found += self._parser.finish()
@@ -47,6 +45,14 @@ class Turn:
             ended = "length" if delta.finish_reason == "length" else "stop"
             self.finish_reason = "tool_calls" if self._called and ended == "stop" else ended
         return kept
+
+    def _count(self, token: int) -> None:
+        """Whether a token is of the thought; behind the first word of the answer none is."""
+        self._thinking = self._thinking or (token == self._opens and not self._answering)
+        self.reasoning_tokens += self._thinking
+        if not self._thinking and not self._answering:
+            self._answering = token_text(self._model.tokenizer, token).strip() != ""
+        self._thinking = self._thinking and token not in self._closes
 
     def _keeps(self, delta: dict[str, Any]) -> bool:
         calls = delta.get("tool_calls")
@@ -63,19 +69,22 @@ class Turn:
         """Of the tokens of one delta, without the one that ended the answer."""
         if not self._asked.logprobs:
             return None
-        tokenizer, stop_ids = self._model.tokenizer, self._asked.submit["stop_ids"]
+        stop_ids, top = self._asked.submit["stop_ids"], delta.top or ((),) * len(delta.tokens)
         return {
             "content": [
-                {
-                    "token": token_text(tokenizer, token),
-                    "logprob": shown(logprob),
-                    "bytes": list(token_bytes(tokenizer, token)),
-                    "top_logprobs": [],
-                }
-                for token, logprob in zip(delta.tokens, delta.logprobs)
+                {**self._logprob(token, logprob), "top_logprobs": [self._logprob(*one) for one in likely]}
+                for token, logprob, likely in zip(delta.tokens, delta.logprobs, top)
                 if token not in stop_ids
             ],
             "refusal": None,
+        }
+
+    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        tokenizer = self._model.tokenizer
+        return {
+            "token": token_text(tokenizer, token),
+            "logprob": shown(logprob),
+            "bytes": list(token_bytes(tokenizer, token)),
         }
 
 

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from glm45_jax.infer import Delta
+from glm45_jax.infer.request import Top
 from glm45_jax.serve.answers import Answers
 from glm45_jax.serve.asked import Asked, Model
-from glm45_jax.serve.tokens import shown, token_text
+from glm45_jax.serve.tokens import shown, token_bytes, token_text
 
 
 class CompletionWriter:
@@ -54,14 +55,30 @@ class CompletionWriter:
     def _logprobs(self, index: int, delta: Delta) -> dict[str, list[Any]] | None:
         """Of the tokens of one delta, without the one that ended the answer."""
         stop_ids = self._asked.submit["stop_ids"]
-        kept = [(t, p) for t, p in zip(delta.tokens, delta.logprobs) if t not in stop_ids]
+        top = delta.top or (None,) * len(delta.tokens)
+        kept = [(t, p, likely) for t, p, likely in zip(delta.tokens, delta.logprobs, top) if t not in stop_ids]
         if not kept:
             return None
-        texts, offsets = [token_text(self._model.tokenizer, token) for token, _ in kept], []
+        texts, offsets = [token_text(self._model.tokenizer, token) for token, *_ in kept], []
         for text in texts:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(text)
         return {
-            "tokens": texts, "token_logprobs": [shown(p) for _, p in kept], "top_logprobs": [None] * len(kept),
-            "text_offset": offsets,
+            "tokens": texts, "token_logprobs": [shown(p) for _, p, _ in kept],
+            "top_logprobs": [self._likeliest(*one) for one in kept], "text_offset": offsets,
         }  # fmt: skip
+
+    def _likeliest(self, token: int, logprob: float, likely: Top | None) -> dict[str, float] | None:
+        """By text, the chosen token too; of two with the same text the likelier."""
+        if likely is None:
+            return None
+        names = [(self._name(one), shown(p)) for one, p in sorted([*likely, (token, logprob)], key=lambda x: x[1])]
+        return dict(reversed(dict(names).items()))
+
+    def _name(self, token: int) -> str:
+        """Its text; bytes that are no text by themselves are spelled out."""
+        piece = token_bytes(self._model.tokenizer, token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -12,12 +12,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm45_jax.serve.errors import ApiError
+from glm45_jax.serve.forms import form_of
 from glm45_jax.serve.metrics import Metrics
 from glm45_jax.serve.record import Record, record_of
 
 log = logging.getLogger("glm45_jax.serve")
 
-_OPEN = "/health"  # the one route that needs no key
+_OPEN = ("/health", "/")  # what needs no key: whether it lives, and the page, which asks for one
 
 
 class Guard:
@@ -40,8 +41,8 @@ class Guard:
                 MutableHeaders(scope=message)["X-Request-Id"] = record.id
             await send(message)
 
-        allowed = scope["path"] == _OPEN or self._knows(Headers(scope=scope).getlist("authorization"))
-        app = self._app if allowed else _unauthorized()
+        allowed = scope["path"] in _OPEN or self._knows(Headers(scope=scope))
+        app = self._app if allowed else _unauthorized(scope["path"])
         try:
             await app(scope, receive, noted)
         finally:
@@ -51,26 +52,28 @@ class Guard:
             self._metrics.saw(route, record)
             log.info(json.dumps(_line(scope["method"], route, record)))
 
-    def _knows(self, given: list[str]) -> bool:
-        """Whether one key is given and known; it takes as long for a wrong one as for a right one."""
+    def _knows(self, headers: Headers) -> bool:
+        """Whether a known key is given, once; it takes as long for a wrong one as for a right one."""
         if not self._keys:
             return True
-        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        digest = _digest(key.strip().encode("latin-1", "replace"))
-        known = [hmac.compare_digest(digest, one) for one in self._keys]
-        return any(known) and scheme.lower() == "bearer"
+        bearers, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
+        scheme, _, bearer = bearers[0].partition(" ") if len(bearers) == 1 else ("", "", "")
+        given = [bearer.strip() if scheme.lower() == "bearer" else "", plain[0] if len(plain) == 1 else ""]
+        digests = [_digest(key.encode("latin-1", "replace")) for key in given]
+        known = [hmac.compare_digest(digest, one) for digest in digests for one in self._keys]
+        return any(known) and len(bearers) <= 1 and len(plain) <= 1
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _unauthorized() -> ASGIApp:
+def _unauthorized(path: str) -> ASGIApp:
     error = ApiError(
-        401, "an API key is needed, as Authorization: Bearer KEY", code="invalid_api_key",
+        401, "an API key is needed, as Authorization: Bearer KEY or x-api-key: KEY", code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )  # fmt: skip
-    return error.response()
+    return form_of(path).response(error)
 
 
 def _line(method: str, route: str, record: Record) -> dict[str, object]:

@@ -29,6 +29,8 @@ class ServeOptions:
     """In which a connection's next request must have begun, its headers whole."""
     body_seconds: float = 30.0
     """In which a request's body must have come."""
+    store_bytes: int = 64 << 20
+    """For answers that clients ask to be kept (`store` of POST /v1/responses), in memory; 0: none are."""
     drain_seconds: float = 300.0
     """How long running requests may go on after SIGTERM."""
 
@@ -36,8 +38,9 @@ class ServeOptions:
         for name in ("max_n", "max_tokens", "max_body_bytes", "max_header_bytes", "max_connections"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.queue < 0:
-            raise UserError(f"queue is {self.queue}; it must be 0 or more")
+        for name in ("queue", "store_bytes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not all(self.api_keys):
             raise UserError("an API key is empty")
 
@@ -48,3 +51,4 @@ MAX_TOOLS, MAX_TOOL_VALUES = 128, 10_000
 MAX_DEPTH = 64
 MAX_PATTERN_LENGTH = 1024
 MAX_PROMPTS = 64
+MAX_STORED = 1024

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from glm45_jax.serve.answers import Answers, EventStream, Gate, unless_gone
 from glm45_jax.serve.asked import Asked, Model
 from glm45_jax.serve.errors import ApiError
+from glm45_jax.serve.forms import CHUNKS, Form
 from glm45_jax.serve.record import Record, record_of
 
 A = TypeVar("A", bound=Asked)
@@ -63,7 +64,11 @@ class Service:
         return bytes(body)
 
     async def answer(
-        self, request: Request, read: Callable[[Model, bytes], A], writer: Callable[[Model, A, Answers, str], Writer]
+        self,
+        request: Request,
+        read: Callable[[Model, bytes], A],
+        writer: Callable[[Model, A, Answers, str], Writer],
+        form: Form = CHUNKS,
     ) -> Response:
         """Reads a request, has it answered, and gives the response; the engine works only while someone listens."""
         record = record_of(request.scope)
@@ -76,7 +81,7 @@ class Service:
             record.answers, record.stream = asked.answers, asked.stream
             made, headers = writer(self.model, asked, answers, record.id), _warnings(asked)
             if asked.stream:
-                return EventStream(made.events(), ending.pop_all().close, headers)
+                return EventStream(made.events(), ending.pop_all().close, headers, form)
             return JSONResponse(await unless_gone(request.receive, made.whole()), headers=headers)
 
 

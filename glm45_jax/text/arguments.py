@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,13 +129,13 @@ def _branches(schemas: Sequence[Any], root: Mapping[str, Any]) -> Iterator[Mappi
             continue
         seen.add(id(schema))
         yield schema
-        todo.append(_referred(schema.get("$ref"), root))
+        todo.append(referred(schema.get("$ref"), root))
         for word in ("anyOf", "oneOf", "allOf"):
             branches = schema.get(word)
             todo += branches if isinstance(branches, list) else []
 
 
-def _referred(reference: Any, root: Any) -> Any:
+def referred(reference: Any, root: Any) -> Any:
     """What a JSON pointer into the same schema (`#/$defs/Name`) stands for; None for anything else."""
     if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
         return None
@@ -200,7 +201,8 @@ def _decoded(text: str) -> Any:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError):  # huge integers are ValueErrors
         return _NOT_JSON
-    return value if _depth(text) <= MAX_DEPTH else _NOT_JSON
+    too_large = isinstance(value, float) and math.isinf(float(text))
+    return _NOT_JSON if too_large or _depth(text) > MAX_DEPTH else value
 
 
 def _depth(text: str) -> int:
@@ -215,13 +217,16 @@ def _depth(text: str) -> int:
 
 
 def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return number
+    """A number inside of a list or an object; one that no float holds becomes the largest."""
+    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 # Text over several lines inside of JSON strings is common in what models write: not strict.
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, strict=False)
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant, strict=False)
 
 
 def to_json(value: Any) -> str:

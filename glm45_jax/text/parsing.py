@@ -117,6 +117,7 @@ class StreamParser:
         `unknown_tools`. Without tools every call counts.
       thinking: whether the prompt left thinking on.
       new_id: gives each call its id.
+      calls: whether calls are read; if not they are text like any other, and end no thought.
 
     Raises:
       UserError: `tools` is no list of objects with names.
@@ -127,10 +128,11 @@ class StreamParser:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
         new_id: Callable[[], str] = new_call_id,
+        calls: bool = True,
     ):
         self.unknown_tools: list[str] = []
         self.truncated = False
-        self._tools, self._new_id = Tools(tools), new_id
+        self._tools, self._new_id, self._reads_calls = Tools(tools), new_id, calls
         self._lexer, self._deltas = _Lexer(), _Deltas()
         self._texts = {"reasoning_content": _Trimmed(), "content": _Trimmed()}
         self._field = "reasoning_content" if thinking else "content"
@@ -163,7 +165,7 @@ class StreamParser:
     # One method for each place in the text; each gets the next tag, or text without tags.
 
     def _in_text(self, token: str, is_tag: bool) -> None:
-        if token == "<tool_call>":
+        if token == "<tool_call>" and self._reads_calls:
             self._raw: list[str] = [token]
             self._word_begun = self._word_ended = False
             self._read = self._in_name

@@ -134,7 +134,9 @@ def test_the_same_bits_every_time():
     matrices = experts_of(rng, EVEN | {"model": 256, "width": 320}, 1, "float32")
     x, shares = normal(rng, 9, 256), normal(rng, 9, 3)
     chosen = jnp.asarray(np.stack([rng.permutation(8)[:3] for _ in range(9)]), jnp.int32)
-    run = jax.jit(lambda x: ops.fused_moe(x, matrices, (None,) * 3, chosen, shares, None, jnp.int32(0), transpose_rhs=True))
+    run = jax.jit(
+        lambda x: ops.fused_moe(x, matrices, (None,) * 3, chosen, shares, None, jnp.int32(0), transpose_rhs=True)
+    )
     first = np.asarray(run(x))
     for _ in range(200):
         np.testing.assert_array_equal(run(x), first)
@@ -146,14 +148,14 @@ def test_what_native_code_does_not_do_is_left_to_xla():
     sizes = jnp.int32(np.array([3, 1]))
     with pytest.raises(NotImplementedError):
         ops.grouped(lhs, [rhs], [None], (sizes, jnp.int32(0), jnp.int32(0)), transpose_rhs=False, dtype=jnp.float32)
-    out = grouped_cpu.forward(
-        lhs, rhs, None, sizes, jnp.int32(0), jnp.int32(0), transpose_rhs=False, dtype=jnp.float32
-    )
+    out = grouped_cpu.forward(lhs, rhs, None, sizes, jnp.int32(0), jnp.int32(0), transpose_rhs=False, dtype=jnp.float32)
     want = np.concatenate([lhs[:3] @ rhs[0, 0], lhs[3:] @ rhs[0, 1]])
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("environment", [{"GLM45_NATIVE": "0"}, {"CXX": "/bin/false"}], ids=["turned off", "no compiler"])
+@pytest.mark.parametrize(
+    "environment", [{"GLM45_NATIVE": "0"}, {"CXX": "/bin/false"}], ids=["turned off", "no compiler"]
+)
 def test_without_a_compiler_all_works(environment, tmp_path):
     program = (
         "import numpy as np, jax.numpy as jnp; from pallas_kernels import fused_moe, native;"

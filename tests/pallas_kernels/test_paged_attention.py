@@ -16,7 +16,12 @@ from pallas_kernels.paged_attention.tiling import Tiling
 from tests.pallas_kernels.support import on
 from tests.support import quick_jit
 
-IMPLEMENTATIONS = ["reference", "cpu", pytest.param("tpu", marks=pytest.mark.slow)]  # the interpreter is slow
+IMPLEMENTATIONS = [
+    "reference",
+    "cpu",
+    "batched",
+    pytest.param("tpu", marks=pytest.mark.slow),
+]  # the interpreter is slow
 N, R, P, NUM_PAGES = 22, 5, 4, 32
 PAGE_SIZE = {"float32": 8, "bfloat16": 16, "int8": 32, "float8_e4m3fn": 32}
 # KV heads, group, head size: two tiles of queries of each are made, and blocks of two pages

@@ -78,7 +78,7 @@ class Scripted:
 
     def __init__(self, engine: Engine, *texts: str, held: bool = False, slots: int = 4):
         self.config, self.tokenizer, self.room, self.failure = engine.config, engine.tokenizer, engine.room, None
-        self.options, self.stats = EngineOptions(slots=slots), engine.stats
+        self.options, self.stats, self.grammars = EngineOptions(slots=slots), engine.stats, engine.grammars
         self.texts, self.held = list(texts), held
         self.requests: list[Request] = []
         self.prompts: list[str] = []
@@ -87,6 +87,8 @@ class Scripted:
     def submit(self, prompt: list[int], max_new_tokens: int, *, stop_ids: Any, stop_strings: Any, **sampling: Any):
         assert self.tokenizer is not None
         self.asked.append({"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, **sampling})
+        for name in ("grammar", "thought", "thought_budget", "top_logprobs"):
+            sampling.pop(name, None)
         self.prompts.append(self.tokenizer.decode(prompt))
         params = sampling_params(1, self.config.vocab_size, None, sampling)  # pyright: ignore[reportArgumentType]
         sequence = Sequence(len(prompt), list(prompt), max_new_tokens)

@@ -92,23 +92,30 @@ def test_nothing_is_lost_among_clients_that_come_and_go(app, engine) -> None:
     """All kinds at once: those that stay are answered whole, and in the end nothing is held."""
     rng = random.Random(0)
 
+    forms = [
+        (CHAT, "max_tokens", {"messages": HELLO}, b"data: [DONE]\n\n"),
+        ("/v1/messages", "max_tokens", {"messages": HELLO}, b'event: message_stop\ndata: {"type":"message_stop"}\n\n'),
+        ("/v1/responses", "max_output_tokens", {"input": "the cat", "store": True}, b""),
+    ]
+
     async def stays(number: int) -> None:
-        visit = Visit(
-            app, CHAT, {"messages": HELLO, "max_tokens": 5 + number % 20, "n": 1 + number % 2, "stream": True}
-        )
+        path, most, body, last = forms[number % 3]
+        body = {**body, most: 5 + number % 20, "stream": True} | ({"n": 1 + number % 2} if path == CHAT else {})
+        visit = Visit(app, path, body)
         await asyncio.wait_for(visit.begin(), 120)
         assert visit.status in (200, 429)
-        assert visit.status == 429 or visit.chunks[-2:] == [b"data: [DONE]\n\n", b""]
+        assert visit.status == 429 or (visit.chunks[-2].endswith(last) and visit.chunks[-1] == b"")
 
     async def leaves(number: int) -> None:
-        visit = Visit(app, CHAT, {**LONG, "stream": bool(number % 2)})
+        path, most, body, _ = forms[number % 3]
+        visit = Visit(app, path, {**body, most: 1500, "stream": bool(number % 2)})
         task = visit.begin()
         await asyncio.sleep(rng.random() / 5)
         visit.leave()
         await asyncio.wait_for(task, 120)
 
     async def errs(number: int) -> None:
-        visit = Visit(app, CHAT, {"messages": [number]})
+        visit = Visit(app, forms[number % 3][0], {"messages": [number]})
         await asyncio.wait_for(visit.begin(), 120)
         assert visit.status in (400, 429)
 
@@ -180,9 +187,11 @@ def locked(engine) -> App:
 
 
 ROUTES = [
-    ("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("GET", "/v1/models"), ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/x"), ("DELETE", "/v1/responses/x"), ("GET", "/page.html"), ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
     ("GET", "/metrics"), ("GET", "/ready"), ("GET", "/nothing"), ("OPTIONS", CHAT), ("GET", "/health/"),
-    ("GET", "//health"), ("GET", "/HEALTH"),
+    ("GET", "http://test//health"), ("GET", "/HEALTH"),
 ]  # fmt: skip
 
 
@@ -193,6 +202,12 @@ def test_every_route_but_one_needs_a_key(locked, method, path) -> None:
     assert ask(locked, "/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropics_routes_need_one_too(locked, path) -> None:
+    response = ask(locked, path, method="POST")
+    assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -200,7 +215,9 @@ def test_every_route_but_one_needs_a_key(locked, method, path) -> None:
         [("authorization", "Bearer wrong")], [("authorization", "right")], [("authorization", "Basic right")],
         [("authorization", "Bearer right right")], [("authorization", b"Bearer \xff\xfe")],
         [("authorization", "Bearer right"), ("authorization", "Bearer right")],
-        [("authorization", "Bearer " + "x" * 9000)], [("x-api-key", "right")],
+        [("authorization", "Bearer " + "x" * 9000)], [("x-api-key", "")], [("x-api-key", "Bearer right")],
+        [("x-api-key", "right"), ("x-api-key", "right")], [("x-api-key", b"\xff")],
+        [("authorization", "Bearer right"), ("authorization", "Bearer x"), ("x-api-key", "right")],
     ],
     ids=lambda headers: str(headers)[:50],
 )  # fmt: skip
@@ -211,6 +228,8 @@ def test_wrong_keys(locked, headers) -> None:
 
 def test_right_keys(locked) -> None:
     assert ask(locked, "/v1/models", headers={"Authorization": "Bearer right"}).status_code == 200
+    assert ask(locked, "/v1/models", headers={"x-api-key": "right"}).status_code == 200
+    assert ask(locked, "/v1/models", headers={"x-api-key": "right", "authorization": "Bearer x"}).status_code == 200
     key = "bearer schlüssel".encode()
     assert ask(locked, "/v1/models", headers=[(b"authorization", key)]).status_code == 200
 

@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import pydantic
 import pytest
 
 import glm45_jax as glm
@@ -113,12 +114,37 @@ def test_openais_client(server) -> None:
     assert client.completions.create(model="small", prompt="the cat", max_tokens=4).choices[0].text is not None
 
 
+class Trip(pydantic.BaseModel):
+    city: Literal["Paris", "Rome"]
+    days: int | None
+
+
+def test_openais_client_gets_the_form_it_asks_for(server) -> None:
+    client, settings = server.client, {"model": "small", "messages": HELLO, "max_tokens": 700, "seed": 3}
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 9}}
+    parsed = client.chat.completions.parse(**settings, response_format=Trip, extra_body=thinking)
+    assert isinstance(parsed.choices[0].message.parsed, Trip)
+    assert parsed.usage.completion_tokens_details.reasoning_tokens <= 9 + 2
+    tool = openai.pydantic_function_tool(Trip)
+    calling = {"tools": [tool], "parallel_tool_calls": False, "extra_body": thinking}
+    for choice in ("required", {"type": "function", "function": {"name": "Trip"}}):
+        found = client.chat.completions.create(**settings, **calling, tool_choice=choice).choices[0]
+        (call,) = found.message.tool_calls
+        assert found.finish_reason == "tool_calls" and Trip.model_validate_json(call.function.arguments)
+    off = {"reasoning_effort": "none"}
+    found = client.chat.completions.create(**settings, **off, extra_body={"guided_regex": "a{3}!"}).choices[0]
+    assert found.message.content == "aaa!"
+    found = client.chat.completions.create(**settings, **off, logprobs=True, top_logprobs=2).choices[0]
+    assert all(len(entry.top_logprobs) == 2 for entry in found.logprobs.content)
+
+
 def test_its_errors(server) -> None:
     settings = {"model": "small", "messages": HELLO}
     with pytest.raises(openai.BadRequestError, match="temperature"):
         server.client.chat.completions.create(**settings, temperature=9)
-    with pytest.raises(openai.BadRequestError, match="not supported yet"):
-        server.client.chat.completions.create(**settings, response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        form = {"name": "x", "strict": True, "schema": {"type": "array", "uniqueItems": True}}
+        server.client.chat.completions.create(**settings, response_format={"type": "json_schema", "json_schema": form})
     with pytest.raises(openai.AuthenticationError):
         server.client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.NotFoundError):

@@ -36,6 +36,8 @@ STRING, INTEGER, NUMBER, BOOLEAN, NULL, OBJECT, ARRAY = "string integer number b
         ("NaN", [NUMBER], "NaN"),
         ("-Infinity", [NUMBER], "-Infinity"),
         ("1e999", [NUMBER], "1e999"),
+        ("[1e999, -1e999]", [ARRAY], [sys.float_info.max, -sys.float_info.max]),
+        ("[NaN]", [ARRAY], "[NaN]"),
         ("9" * 5000, [NUMBER], "9" * 5000),
         ("1_000", [NUMBER], "1_000"),
         ("true", [BOOLEAN], True),
