@@ -119,10 +119,8 @@ def _load_quantised(path: str, leaf: QuantizedLeaf, sharding: Any, pool: Executo
     if sharding is None:
         return Quantized(*map(jax.device_put, read(leaf, whole(leaf.shape), pool)))
     blocks = [-(-size // b) for size, b in zip(leaf.shape[-2:], leaf.block)]
-    shapes = Quantized(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        jax.ShapeDtypeStruct((*leaf.shape[:-2], *blocks[::-1]), np.float32),
-    )
+    each: Any = leaf.shape, (*leaf.shape[:-2], *blocks[::-1])
+    shapes = Quantized(*map(jax.ShapeDtypeStruct, each, (leaf.dtype, np.float32)))  # pyright: ignore[reportArgumentType]
     specs = scales_too({path: shapes}, {path: sharding.spec}, sharding.mesh)[path]
     parts: dict[tuple[tuple[int, int], ...], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -137,9 +135,9 @@ def _load_quantised(path: str, leaf: QuantizedLeaf, sharding: Any, pool: Executo
     arrays = []
     for which, spec in enumerate((specs.values, specs.scales)):
         shape = (shapes.values, shapes.scales)[which]
-        each = [jax.device_put(part(index)[which], device) for device, index in where.items()]
+        held = [jax.device_put(part(index)[which], device) for device, index in where.items()]
         placed = NamedSharding(sharding.mesh, spec)
-        arrays.append(jax.make_array_from_single_device_arrays(shape.shape, placed, each))
+        arrays.append(jax.make_array_from_single_device_arrays(shape.shape, placed, held))
     return Quantized(*arrays)
 
 

@@ -144,7 +144,7 @@ def quantised_leaves(
             raise UserError(
                 "quantize 'keep': no matrices of this checkpoint are FP8; choose int8 or fp8 to make them so"
             )
-        return kept
+        return {**kept}
     wanted = {path: WhileRead(leaf, form) for path, leaf in floats.items() if is_quantizable(path, head)}
     return wanted | {path: leaf for path, leaf in kept.items() if is_quantizable(path, head=True)}
 

@@ -148,13 +148,12 @@ def mtp_paged_step(
 def _attention(batch: Ragged, config: ModelConfig) -> Any:
     def attend(q, k, v, pages, layer):
         flat = lambda x: x[0].swapaxes(0, 1)  # noqa: E731  [1, H, N, h] -> [N, H, h]
-        quantised = isinstance(pages, QuantizedPages)
-        values, scales = (pages.values, pages.scales) if quantised else (pages, None)
+        values, scales = (pages.values, pages.scales) if isinstance(pages, QuantizedPages) else (pages, None)
         out, values = paged_attention(
             flat(q), flat(k), flat(v), values, batch.page_table, batch.lengths, batch.starts, batch.num_rows,
             layer=layer, kv_scale=scales, implementation=config.implementation,
         )  # fmt: skip
-        return out.swapaxes(0, 1)[None], QuantizedPages(values, scales) if quantised else values
+        return out.swapaxes(0, 1)[None], values if scales is None else QuantizedPages(values, scales)
 
     return attend
 

@@ -167,12 +167,13 @@ def engine_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: in
     pages = jax.tree.map(lambda x: _placed(x, by_heads), pages)
     rows, every = np.arange(batch_size, dtype=np.int32), np.arange(batch_size + 1, dtype=np.int32)
     nothing = np.zeros(batch_size, np.int32)
-    reading = Reading(
-        tokens=nothing, from_slot=rows, following=nothing, starts=every,
-        lengths=np.full(batch_size, seq_len, np.int32), drafts=nothing,
-        page_table=np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width),
-        to_slot=rows, chooses=np.ones(batch_size, bool), num_rows=np.int32(batch_size),
-    )  # fmt: skip
+    arrays: dict[str, Any] = {
+        "tokens": nothing, "from_slot": rows, "following": nothing, "starts": every,
+        "lengths": np.full(batch_size, seq_len, np.int32), "drafts": nothing,
+        "page_table": np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width),
+        "to_slot": rows, "chooses": np.ones(batch_size, bool), "num_rows": np.int32(batch_size),
+    }  # fmt: skip
+    reading = Reading(**arrays)
     sampling = sampling_params(batch_size, config.vocab_size, None, {"temperature": 0.7})
     beside = (nothing, reading, sampling, np.int32(config.vocab_size))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), beside)
