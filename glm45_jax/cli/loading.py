@@ -6,16 +6,20 @@ import os
 import platform
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.text import Tokenizer
 
+QuantizeForm = Literal["keep", "int8", "fp8", "int8-block", "fp8-block"]
 
-def load_model(checkpoint: str, dtype: str | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
-    """A checkpoint's config, params and tokenizer; says so on a terminal.
+
+def load_model(
+    checkpoint: str, dtype: str | None = None, quantize: QuantizeForm | None = None
+) -> tuple[ModelConfig, Any, Tokenizer]:
+    """A checkpoint's config, params and tokenizer; says so on a terminal. For `quantize` see `load_checkpoint`.
 
     Raises:
       UserError: no such checkpoint, something wrong with it, or no tokenizer beside it.
@@ -29,7 +33,7 @@ def load_model(checkpoint: str, dtype: str | None = None) -> tuple[ModelConfig, 
     with Console(stderr=True).status(f"loading {checkpoint}"):
         folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
         tokenizer = Tokenizer.load(folder)
-        config, params = load_checkpoint(checkpoint, dtype=dtype)
+        config, params = load_checkpoint(checkpoint, dtype=dtype, quantize=quantize)
     return config, params, tokenizer
 
 

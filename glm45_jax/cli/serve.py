@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
+from glm45_jax.cli.loading import QuantizeForm
 from glm45_jax.errors import UserError
 
 
@@ -62,6 +63,11 @@ class Serve:
     """Compile everything before the first request."""
     dtype: str | None = None
     """Load and compute in float32, bfloat16 or float16; without it as stored."""
+    quantize: QuantizeForm | None = None
+    """Weights in one byte: keep those of an FP8 checkpoint as they lie, or make them int8 or fp8 while loading, with a
+    scale per output channel or per block of 128 x 128."""
+    cache_dtype: Literal["int8", "fp8"] | None = None
+    """Keys and values of the cache in one byte, with scales measured at the start."""
 
 
 def main(argv: list[str]) -> int:
@@ -80,10 +86,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     sizes = EngineOptions(
         slots=args.slots, cache_tokens=args.cache_tokens, step_tokens=args.step_tokens, drafts=args.drafts,
-        warm_up=args.warm_up,
+        cache_dtype=args.cache_dtype, warm_up=args.warm_up,
     )  # fmt: skip
     with bind(args.host, args.port) as listener:
-        config, params, tokenizer = load_model(args.checkpoint, args.dtype)
+        config, params, tokenizer = load_model(args.checkpoint, args.dtype, args.quantize)
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("glm45_jax.serve").setLevel(logging.INFO)
         notes = Console(stderr=True, soft_wrap=True)

@@ -26,6 +26,7 @@ import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
+from glm45_jax.infer.calibrate import checked_cache, new_cache, recalibrated
 from glm45_jax.infer.constraint import Constraints, Place
 from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
@@ -37,7 +38,7 @@ from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
 from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings, without_biases
 from glm45_jax.infer.steps import MOST_LIKELIEST, Chosen, Drafted, Likeliest, Reading, choose, draft, likeliest, read
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
-from glm45_jax.model import Params, init_pages
+from glm45_jax.model import Params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
@@ -62,7 +63,7 @@ class EngineOptions:
     drafts: int = 0
     """Tokens that the MTP layer drafts ahead of each sequence, where it pays; answers stay the same."""
     cache_dtype: str | None = None
-    """Of keys and values; None: as the model computes."""
+    """Of keys and values; None: as the model computes; "int8" and "fp8" by `calibrate.py`, in pages of 32 or more."""
     warm_up: bool = True
     """Compile all sizes of steps at the start."""
 
@@ -98,7 +99,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         options: EngineOptions | None = None,
     ):
-        self.config, self.options, self.tokenizer = config, options or EngineOptions(), tokenizer
+        self.config, self.options, self.tokenizer = config, checked_cache(options or EngineOptions()), tokenizer
         o = self.options
         for name in ("slots", "cache_tokens", "page_size", "step_tokens"):
             if getattr(o, name) < 1:
@@ -285,8 +286,8 @@ class Engine:
                 request.push(Delta(finish_reason="error", error=f"the engine has failed: {self._failure}"))
 
     def _serve(self) -> None:
-        dtype = self.options.cache_dtype or self.config.dtype
-        self._pages = init_pages(self.config, self._pool.count + 1, self.options.page_size, dtype)  # one to spare
+        count = self._pool.count + 1  # one to spare
+        self._pages = new_cache(self._params, self.config, self.options, count, self.tokenizer)
         self._last = jnp.zeros(self.options.slots, jnp.int32)
         if self.options.warm_up:
             self._warm_up()
@@ -328,6 +329,7 @@ class Engine:
             case (params, done):
                 self._params = params
                 self._scheduler.begin_anew()
+                self._pages = recalibrated(self._pages, params, self.config, self.tokenizer)
                 done.set()
 
     def _begin(self, request: Request) -> None:
