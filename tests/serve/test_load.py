@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.serve import load as loads
 from glm45_jax.serve.examine import interval, is_right, read_questions
 from tests.serve.served import KEY, served
+from tests.support import ROOT
 
 
 def test_requests_are_drawn_alike_for_a_seed():
@@ -43,33 +46,26 @@ def test_percentiles_and_goodput():
     assert figures["goodput"] == 2.5 and figures["kept"] == 5 / 11
 
 
-def test_against_a_server(engine, capsys, tmp_path):
-    with served(engine, "small") as server:
-        arguments = [
-            "bench",
-            "serve",
-            "--url",
-            server.url,
-            "--api-key",
-            KEY,
-            "--requests",
-            "6",
-            "--concurrency",
-            "3",
-            "--prompt-tokens",
-            "20-24",
-        ]
-        arguments += ["--new-tokens", "5", "--shared-tokens", "16", "--plot", str(tmp_path / "load.png"), "--json"]
-        assert main(arguments) == 0
-        figures = json.loads(capsys.readouterr().out)
-        assert figures["requests"] == 6 and figures["failed"] == 0 and figures["generated_tokens"] == 30
-        assert 120 <= figures["prompt_tokens"] <= 144
-        assert figures["cached_tokens"] >= 3 * 8, "the second three found the beginning of the first in the cache"
-        assert figures["to_first_token"]["p50"] <= figures["whole"]["p99"]
-        assert (tmp_path / "load.png").stat().st_size > 1000
+def glm45(*arguments: str) -> str:
+    """What a command that must succeed prints; in a process of its own, beside the server's."""
+    command = [sys.executable, "-m", "glm45_jax", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-        assert main([*arguments[:-3], "--rate", "50", "--requests", "3"]) == 0
-        assert "tokens/s" in capsys.readouterr().out
+
+def test_against_a_server(engine, tmp_path):
+    plot = tmp_path / "load.png"
+    with served(engine, "small") as server:
+        arguments = ["bench", "serve", "--url", server.url, "--api-key", KEY, "--new-tokens", "5"]
+        shape = ["--requests", "6", "--concurrency", "3", "--prompt-tokens", "20-24", "--shared-tokens", "16"]
+        figures = json.loads(glm45(*arguments, *shape, "--plot", str(plot), "--json"))
+        assert "tokens/s" in glm45(*arguments, "--requests", "3", "--rate", "50")
+    assert figures["requests"] == 6 and figures["failed"] == 0 and figures["generated_tokens"] == 30
+    assert 120 <= figures["prompt_tokens"] <= 144
+    assert figures["cached_tokens"] >= 3 * 8, "the second three found the beginning of the first in the cache"
+    assert figures["to_first_token"]["p50"] <= figures["whole"]["p99"]
+    assert plot.stat().st_size > 1000
 
 
 def test_requests_that_are_refused_are_counted(engine):
@@ -99,29 +95,16 @@ def test_what_is_right(text, match, right):
     assert is_right(text, wanted, match) == right
 
 
-def test_questions_to_a_server(engine, capsys, tmp_path):
+def test_questions_to_a_server(engine, tmp_path):
     file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
-    file.write_text(
-        '{"prompt": "1 + 1?", "answer": 2}\n\n{"messages": [{"role": "user", "content": "x"}], "answer": ["a"]}\n'
-    )
+    rows = {"prompt": "1 + 1?", "answer": 2}, {"messages": [{"role": "user", "content": "x"}], "answer": ["a"]}
+    file.write_text("\n\n".join(map(json.dumps, rows)))
     with served(engine, "small") as server:
-        arguments = [
-            "eval",
-            "exact",
-            str(file),
-            "--url",
-            server.url,
-            "--api-key",
-            KEY,
-            "--max-tokens",
-            "4",
-            "--no-thinking",
-        ]
-        assert main([*arguments, "--output", str(out), "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+        where = ["--url", server.url, "--api-key", KEY, "--output", str(out)]
+        figures = json.loads(glm45("eval", "exact", str(file), *where, "--max-tokens", "4", "--no-thinking", "--json"))
     assert figures["questions"] == 2 and figures["failed"] == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["answers"] for row in rows] == [["2"], ["a"]] and figures["right"] == sum(r["right"] for r in rows)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [a["answers"] for a in answers] == [["2"], ["a"]] and figures["right"] == sum(a["right"] for a in answers)
 
 
 @pytest.mark.parametrize("line, why", [("{", "not JSON"), ('{"prompt": "x"}', "expected"), ("", "no questions")])
