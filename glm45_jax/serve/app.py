@@ -47,6 +47,7 @@ class App:
       UserError: the engine has no tokenizer.
 
     Attributes:
+      engine: the engine.
       gate: set `gate.draining` and new requests get status 503.
     """
 
@@ -54,7 +55,7 @@ class App:
         self.options = options = options or ServeOptions()
         if engine.tokenizer is None:
             raise UserError("the engine needs its tokenizer: Engine(..., tokenizer=tokenizer)")
-        model = Model(name, engine, engine.tokenizer, options)
+        self.engine, model = engine, Model(name, engine, engine.tokenizer, options)
         self.gate = Gate(engine.options.slots + options.queue)
         service, metrics = Service(model, self.gate), Metrics(engine, self.gate)
         store = Store(options.store_bytes)
