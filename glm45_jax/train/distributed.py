@@ -1,4 +1,4 @@
-"""Several processes that train or serve together: how they find each other, what they agree on, and how all end when one fails.
+"""Several processes that train or serve together: how they meet, what they agree on, and how all end when one fails.
 
 On TPU and GPU hosts each process drives its own devices; on CPU (gloo) several on one machine do for tests. A process
 that fails says so to the others through jax's coordination service, and all leave at once: a collective that waits for
