@@ -5,8 +5,7 @@
     python scripts/bench_engine.py --preset tiny --slots 4 --prompt 32 --new 16
 
 All requests come at once. Beside the engine stand its own compiled steps, called one after another with nothing around
-them; the rest is what the engine's planning costs. "of the bytes" is the share of the least time that reading the
-weights touched, and the keys and values, takes at the chip's speed of memory.
+them; the rest is what the engine's planning costs.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ class Options:
     cache_dtype: str | None = None
     step_tokens: int = 2048
     dtype: str | None = None
+    warm_up: bool = True
+    """Compile all sizes at the start; without, those that the run needs, in a first run that does not count."""
     json: Path | None = None
     """Write the figures here."""
 
@@ -69,13 +70,14 @@ def bench(options: Options, config: Any, params: Any, slots: int) -> dict[str, A
     room = slots * (options.prompt + options.new + 32)
     step = max(options.step_tokens, slots * (1 + options.drafts))
     sizes = EngineOptions(
-        slots=slots, cache_tokens=room, step_tokens=step, drafts=options.drafts, cache_dtype=options.cache_dtype
-    )
+        slots=slots, cache_tokens=room, step_tokens=step, drafts=options.drafts, cache_dtype=options.cache_dtype,
+        warm_up=options.warm_up,
+    )  # fmt: skip
     rng, began = np.random.default_rng(0), time.monotonic()
     with Engine(params, config, options=sizes) as engine:
         row: dict[str, Any] = {"slots": slots, "seconds_to_start": time.monotonic() - began}
         prompts = rng.integers(0, config.vocab_size, (slots, options.prompt)).tolist()
-        engine.generate_batch(prompts, 2, stop_ids=[])  # what the first call still does
+        engine.generate_batch(prompts, 2 if options.warm_up else options.new, stop_ids=[])
         engine.update_params(params)  # nothing is found in the cache
         before, began = engine.stats(), time.monotonic()
         requests = [engine.submit(prompt, options.new, stop_ids=[]) for prompt in prompts]
@@ -83,7 +85,7 @@ def bench(options: Options, config: Any, params: Any, slots: int) -> dict[str, A
         for request in requests:
             request.result()
         seconds, after = time.monotonic() - began, engine.stats()
-        row["bare_step_seconds"] = bare_step(engine, slots)
+        row["bare_step_seconds"] = bare_step(engine, slots, options.prompt + options.new // 2)
     decoding = seconds - max(first)
     tokens = slots * (options.new - 1)
     return row | {
@@ -95,18 +97,26 @@ def bench(options: Options, config: Any, params: Any, slots: int) -> dict[str, A
     }  # fmt: skip
 
 
-def bare_step(engine: Any, slots: int, repeats: int = 20) -> float:
-    """Seconds of a decoding step of all slots, nothing around it."""
+def bare_step(engine: Any, slots: int, length: int, repeats: int = 20) -> float:
+    """Seconds of a decoding step of all slots over sequences of `length` tokens, nothing around it."""
     import jax
+    import numpy as np
+
+    from glm45_jax.parallel import device_in_force
 
     rows, tokens = engine._size(slots, slots, 0)
     reading = engine._reading([], rows, tokens)
-    sampling, special = engine._sampling([], rows)
-    times = []
+    pages = np.arange(reading.page_table.size, dtype=np.int32).reshape(reading.page_table.shape) % engine._pool.count
+    live = np.arange(rows + 1, dtype=np.int32)
+    reading = reading._replace(
+        starts=live, lengths=np.full(rows, length, np.int32), page_table=pages, num_rows=np.int32(rows)
+    )
+    chosen, times = None, []
     for _ in range(3):
         began = time.monotonic()
-        for _ in range(repeats):
-            chosen, _ = engine._step(reading, sampling, special, 0)
+        with device_in_force(engine._params):  # as in the engine's thread
+            for _ in range(repeats):
+                chosen, *_ = engine._step(reading, [], [], 0, "plain", top=False)
         jax.block_until_ready(chosen)
         times.append((time.monotonic() - began) / repeats)
     return statistics.median(times)

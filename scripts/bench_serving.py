@@ -1,8 +1,8 @@
 """Serving beside transformers on this machine's CPU: tokens per second of many requests at once, same weights, one run.
 
-32 requests of 64 tokens, 128 new tokens each, to the engine as a library; to transformers' `generate` as one batch, with
-each of its implementations of the experts, and to its continuous batching where that runs. Beside them what the bare
-compiled steps of those shapes take, without an engine around them. Then one sequence, with drafts and without.
+32 requests of 64 tokens, 128 new tokens each, to the engine as a library; to transformers' `generate` as one batch,
+with each of its implementations of the experts, and to its continuous batching where that runs. Beside them what the
+bare compiled steps of those shapes take, without an engine around them. Then one sequence, with drafts and without.
 
     python scripts/bench_serving.py                                       # a random model of the benchmark's sizes
     python scripts/bench_serving.py --checkpoint runs/quickstart/model    # a trained one: acceptance means something
@@ -15,6 +15,7 @@ Sides alternate, so that a machine whose speed drifts slows all; medians and the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -77,8 +78,6 @@ def throughput(pair: Any, name: str, rounds: int) -> dict[str, Any]:
 
 def _bare_steps(params: Any, config: Any, prompts: np.ndarray) -> Callable[[], None]:
     """All prompts read in one step, then one step after another for all; nothing comes back before the end."""
-    import functools
-
     import jax
     import jax.numpy as jnp
 
@@ -154,7 +153,7 @@ def speculation(params: Any, config: Any, tokenizer: Any, prompts: list[list[int
                 slots=together, cache_tokens=together * 1024, step_tokens=max(256, together * 3), drafts=drafts
             )
             engine = engines[drafts] = Engine(params, config, tokenizer=tokenizer, options=options)
-            sides[f"drafts {drafts}"] = lambda engine=engine: engine.generate_batch(some, NEW)
+            sides[f"drafts {drafts}"] = functools.partial(engine.generate_batch, some, NEW)
         times = alternate(rounds, sides)
         for drafts in (1, 2):
             stats = engines[drafts].stats()

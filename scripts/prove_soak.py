@@ -198,7 +198,8 @@ class Clients:
     async def half(self) -> None:
         """A request that is never whole."""
         _, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 500\r\n\r\n"
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", "Content-Length: 500"]
+        head = "".join(f"{line}\r\n" for line in [*lines, ""])
         writer.write(head[: self.rng.randint(1, len(head))].encode())
         await writer.drain()
         await asyncio.sleep(self.rng.uniform(0, 0.3))

@@ -146,8 +146,8 @@ async def _pool(client: httpx.AsyncClient) -> list[int] | list[str]:
 async def _ask(client: httpx.AsyncClient, model: str, request: Planned, start: float) -> Seen:
     seen = Seen(time.monotonic() - start)
     body = {
-        "model": model, "prompt": request.prompt, "max_tokens": request.new_tokens, "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
+        "model": model, "prompt": request.prompt, "max_tokens": request.new_tokens, "temperature": 0,
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -191,14 +191,13 @@ def summary(
     """
     every = [*seen]
     good = [one for one in every if one.error is None]
-    kept = [
-        one for one in good
-        if (first_limit is None or one.to_first <= first_limit) and (token_limit is None or one.per_token <= token_limit)
-    ]  # fmt: skip
+    within = lambda seconds, limit: limit is None or seconds <= limit  # noqa: E731
+    kept = [one for one in good if within(one.to_first, first_limit) and within(one.per_token, token_limit)]
     figures: dict[str, Any] = {
         "requests": len(every), "failed": len(every) - len(good), "seconds": seconds,
         "requests_per_second": len(good) / seconds,
-        "prompt_tokens": sum(one.prompt_tokens for one in good), "cached_tokens": sum(one.cached_tokens for one in good),
+        "prompt_tokens": sum(one.prompt_tokens for one in good),
+        "cached_tokens": sum(one.cached_tokens for one in good),
         "generated_tokens": sum(one.tokens for one in good),
         "generated_tokens_per_second": sum(one.tokens for one in good) / seconds,
         "goodput": len(kept) / seconds, "kept": len(kept) / max(1, len(every)),

@@ -1,4 +1,4 @@
-"""The native functions as the ops' `cpu.py` use them. Each raises NotImplementedError where it cannot do what is asked."""
+"""The native functions as the ops' `cpu.py` use them. Each raises NotImplementedError for what it cannot do."""
 
 from __future__ import annotations
 

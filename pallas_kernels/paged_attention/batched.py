@@ -4,8 +4,8 @@ A piece is some new tokens of one row. All pieces go through their rows' positio
 with an online softmax; the loop ends with the longest row. A chunk's keys and values are gathered, so that they are
 read, written and read again: three times the least, but nothing past the longest row and no whole row in memory.
 
-Axes: I pieces, B tokens of a piece, K KV heads, G query heads of a KV head, D head size, C pages of a chunk, p positions
-of a page, S = C p.
+Axes: I pieces, B tokens of a piece, K KV heads, G query heads of a KV head, D head size, C pages of a chunk,
+p positions of a page, S = C p.
 """
 
 from __future__ import annotations
