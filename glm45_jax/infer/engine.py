@@ -12,6 +12,7 @@ afterwards nothing is compiled, which `stats()["compiled_in_service"]` says.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import threading
@@ -25,6 +26,7 @@ import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
+from glm45_jax.infer.channel import Lost
 from glm45_jax.infer.constraint import Constraints, Place
 from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.following import Leading, others_of
@@ -36,6 +38,7 @@ from glm45_jax.infer.programs import Outcome, Programs, Sizes
 from glm45_jax.infer.request import Delta, EngineClosed, Request, Top
 from glm45_jax.infer.sampling import SamplingOptions, sampling_params
 from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
+from glm45_jax.infer.score import Scored, Scores, padded, scores_of
 from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings
 from glm45_jax.infer.steps import MOST_LIKELIEST, Reading
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
@@ -180,6 +183,27 @@ class Engine:
         requests = [self.submit(prompt, max_new_tokens, **of(i)) for i, prompt in enumerate(prompts)]
         return [request.result() for request in requests]
 
+    def score(self, tokens: Seq[int], top_logprobs: int = 0) -> Scores:
+        """How likely a text of two tokens or more is, token by token; between two steps, in one go.
+
+        The first text of a length (in powers of two) waits until that is compiled, and so do all others.
+
+        Raises:
+          UserError: tokens that the model does not have, or more of them than `room`.
+          EngineClosed: the engine is closed.
+        """
+        self._check_alive()
+        ids = check_prompt(tokens, 0, self.config)
+        if not 2 <= len(ids) <= self.room:
+            raise UserError(f"a text of {len(ids)} tokens cannot be scored; expected 2 to {self.room}")
+        if not 0 <= top_logprobs <= MOST_LIKELIEST:
+            raise UserError(f"top_logprobs is {top_logprobs}; it must be 0 to {MOST_LIKELIEST}")
+        future: concurrent.futures.Future[Scored] = concurrent.futures.Future()
+        self._send(("score", padded(ids, self.config.max_position_embeddings), future))
+        while not concurrent.futures.wait([future], 0.1).done:
+            self._check_alive()
+        return scores_of(future.result(), len(ids), top_logprobs)
+
     def update_params(self, params: Params) -> None:
         """Goes on with other weights of the same shapes; no page that the old ones filled is read any more."""
         done = threading.Event()
@@ -313,6 +337,13 @@ class Engine:
                 if request.sequence.number in self._requests:
                     self._counts["cancelled"] += 1
                     self._end(request, Delta(finish_reason="cancelled"))
+            case ("score", tokens, future):
+                try:
+                    future.set_result(self._programs.score(tokens))
+                except Exception as error:  # too long for the memory: no step is the worse for it
+                    future.set_exception(error)
+                    if isinstance(error, Lost):
+                        raise
             case (params, done):
                 self._programs.update(params)
                 self._scheduler.begin_anew()

@@ -25,6 +25,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.infer.channel import Channel, Connections, Lost, accept, connect, listen, new_token
 from glm45_jax.infer.programs import Outcome, Programs, Sizes
 from glm45_jax.infer.sampling import SamplingParams, TokenCounts
+from glm45_jax.infer.score import Scored
 from glm45_jax.infer.steps import Reading, Special
 from glm45_jax.model import Params
 from glm45_jax.parallel.processes import coordinator_host, hear, say
@@ -71,6 +72,10 @@ class Leading(Programs):
         self._others.send({"do": "choose", "top": top, **has}, arrays)
         return super().choose(sampling, special, top)
 
+    def score(self, tokens: np.ndarray) -> Scored:
+        self._others.send({"do": "score"}, [tokens])
+        return super().score(tokens)
+
     def update(self, params: Params) -> None:
         self._others.send({"do": "update"})
         super().update(params)
@@ -114,6 +119,8 @@ def _followed(programs: Programs, channel: Channel, next_params: Callable[[], Pa
             programs.read(Reading(*arrays), values["most"])
         case "choose":
             programs.choose(*_settings(values, arrays), values["top"])
+        case "score":
+            programs.score(arrays[0])
         case "update":
             if next_params is None:
                 raise UserError("process 0 goes on with other weights, and follow was given no next_params")

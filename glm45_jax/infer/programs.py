@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.infer.sampling import SamplingParams
+from glm45_jax.infer.score import Scored, score
 from glm45_jax.infer.settings import without_biases
 from glm45_jax.infer.steps import Chosen, Drafted, Likeliest, Reading, Special, choose, draft, likeliest, read
 from glm45_jax.model import Params, init_pages
@@ -80,6 +81,10 @@ class Programs:
         self._logits = self._hidden = None
         return Outcome(chosen, drafted, likely)
 
+    def score(self, tokens: np.ndarray) -> Scored:
+        """How likely a text is: no step, and nothing of it stays."""
+        return score(self.params, self.config, tokens, self._vocab_size)
+
     def update(self, params: Params) -> None:
         """Other weights for the steps to come."""
         self.params = params
@@ -93,7 +98,7 @@ class Programs:
 
     @staticmethod
     def compiled() -> int:
-        """How many programs have been compiled so far."""
+        """How many programs of steps have been compiled so far."""
         return sum(f._cache_size() for f in (read, choose, draft, likeliest))  # pyright: ignore[reportFunctionMemberAccess]
 
 

@@ -109,7 +109,7 @@ def choose(
     tokens, logprobs = (
         x.reshape(rows, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
     )
-    return _everywhere(Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop")))
+    return whole_everywhere(Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop")))
 
 
 @jax.jit
@@ -117,7 +117,7 @@ def likeliest(logits: Float[Array, "W V"], vocab_size: Int[Array, ""]) -> Likeli
     """What could have been chosen, for requests that ask for it: of `MOST_LIKELIEST` tokens, or of all there are."""
     real = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
     values, tokens = jax.lax.top_k(real, min(MOST_LIKELIEST, logits.shape[1]))
-    return _everywhere(Likeliest(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
+    return whole_everywhere(Likeliest(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")
@@ -156,10 +156,10 @@ def draft(
         step = mtp_paged_step(params, config, step.pages, batch, h, every[:-1])
         h = step.hidden
         drafts.append(sample(step.logits, sampling, position + 1 + i, None, vocab_size)[0])
-    return Drafted(*_everywhere((accepted, jnp.stack(drafts, axis=1))), step.pages)
+    return Drafted(*whole_everywhere((accepted, jnp.stack(drafts, axis=1))), step.pages)
 
 
-def _everywhere(tree: Any) -> Any:
+def whole_everywhere(tree: Any) -> Any:
     """Whole on every device of the mesh in force: any process may read it."""
     mesh = mesh_in_force()
     if mesh is None:
