@@ -33,7 +33,7 @@ from glm45_jax.serve.responses import ResponseWriter
 from glm45_jax.serve.responses_asked import read_response
 from glm45_jax.serve.service import Service
 from glm45_jax.serve.stored import Store
-from glm45_jax.serve.tokens import detokenize, tokenize
+from glm45_jax.serve.tokens import detokenize, tokenize, tokenizer_info
 
 
 class App:
@@ -135,6 +135,9 @@ def _about(service: Service, metrics: Metrics) -> list[Route]:
         is_ready = _works(service) and not service.gate.draining
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
+    async def info(request: Request) -> Response:
+        return JSONResponse(tokenizer_info(service.model))
+
     async def scrape(request: Request) -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -145,6 +148,7 @@ def _about(service: Service, metrics: Metrics) -> list[Route]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", scrape),
+        Route("/tokenizer_info", info),
     ]
 
 
