@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from glm45_jax.cli.loading import QuantizeForm
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
@@ -48,6 +50,9 @@ class Generate:
     """Texts that end the answer, before them."""
     dtype: str | None = None
     """Load and compute in float32, bfloat16 or float16; without it as stored."""
+    quantize: QuantizeForm | None = None
+    """Weights in one byte: keep those of an FP8 checkpoint as they lie, or make them int8 or fp8 while loading, with a
+    scale per output channel or per block of 128 x 128."""
     json: Annotated[bool, tyro.conf.arg(aliases=["-j"])] = False
     """Print JSON when done: text, tokens, log-probabilities, why it ended, time."""
 
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> int:
     from glm45_jax.infer import generate_detailed
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    config, params, tokenizer = load_model(args.checkpoint, args.dtype)
+    config, params, tokenizer = load_model(args.checkpoint, args.dtype, args.quantize)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("the prompt is empty; at least one token is needed to go on from")

@@ -7,16 +7,20 @@ import os
 import platform
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.text import Tokenizer
 
+QuantizeForm = Literal["keep", "int8", "fp8", "int8-block", "fp8-block"]
 
-def load_model(checkpoint: str, dtype: str | None = None, *, mesh: Any = None) -> tuple[ModelConfig, Any, Tokenizer]:
-    """A checkpoint's config, params and tokenizer; says so on a terminal.
+
+def load_model(
+    checkpoint: str, dtype: str | None = None, quantize: QuantizeForm | None = None, mesh: Any = None
+) -> tuple[ModelConfig, Any, Tokenizer]:
+    """A checkpoint's config, params and tokenizer; says so on a terminal. For `quantize` see `load_checkpoint`.
 
     Args:
       mesh: over which the parameters are to lie as serving needs them.
@@ -35,7 +39,7 @@ def load_model(checkpoint: str, dtype: str | None = None, *, mesh: Any = None) -
         folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
         tokenizer = Tokenizer.load(folder)
         rules = None if mesh is None else {name: axes or None for name, *axes in SERVING_RULES}
-        config, params = load_checkpoint(checkpoint, dtype=dtype, mesh=mesh, rules=rules)
+        config, params = load_checkpoint(checkpoint, dtype=dtype, mesh=mesh, rules=rules, quantize=quantize)
     if mesh is not None:
         config = config.replace(parallel=dataclasses.replace(config.parallel, rules=SERVING_RULES))
     return config, params, tokenizer

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from glm45_jax.config import RematPolicy
 from glm45_jax.errors import UserError
@@ -76,11 +76,21 @@ class Prefill(Step):
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Step):
-    """Plans one step of decoding, every row's cache full.
+    """Plans one step of decoding, every row's cache full: `generate`'s, or with --engine that of `glm45 serve`.
 
     examples:
       glm45 plan decode --model glm-4.5 --slice v5p:2x4x4 --seq-len 32768 --batch-size 64
+      glm45 plan decode --model glm-4.5 --slice tpu7x:2x2x2 --engine --quantize fp8 --cache-dtype fp8 --batch-size 128
     """
+
+    engine: bool = False
+    """The engine's step over pages, in which all devices have every row; sampling is in it."""
+    quantize: Literal["int8", "fp8", "int8-block", "fp8-block"] | None = None
+    """Weights in one byte, with a scale per output channel or per block of 128 x 128."""
+    cache_dtype: Literal["int8", "fp8"] | None = None
+    """Keys and values in one byte; the engine's."""
+    page_size: int = 64
+    """Tokens of a page of the engine's cache."""
 
 
 def main(args: Train | Prefill | Decode) -> int:
@@ -92,12 +102,17 @@ def main(args: Train | Prefill | Decode) -> int:
     if args.compile and (why := missing_compiler(where.chip.name)):
         raise UserError(f"{why}; with --no-compile FLOPs and bytes are counted all the same")
     prepare_environment()
-    from glm45_jax.plan.jobs import default_mesh, parse_mesh
+    from glm45_jax.plan.jobs import default_mesh, engine_mesh, parse_mesh
     from glm45_jax.plan.report import plan
 
     program = type(args).__name__.lower()
     name, model = _model(args)
-    mesh = parse_mesh(args.mesh) if args.mesh else default_mesh(program, model, where.devices)
+    if args.mesh:
+        mesh = parse_mesh(args.mesh)
+    elif isinstance(args, Decode) and args.engine:
+        mesh = engine_mesh(model, where.devices)
+    else:
+        mesh = default_mesh(program, model, where.devices)
     job = _job(args, name, model, resolved(mesh, where.devices))
     if args.suggest:
         best = _suggest(args, job, model)
@@ -123,11 +138,16 @@ def _model(args: Step) -> tuple[str, ModelConfig]:
 
 def _job(args: Step, name: str, model: ModelConfig, sizes: dict[str, int]) -> Any:
     from glm45_jax.plan.jobs import decode_job, prefill_job, rows_at_once, train_job
+    from glm45_jax.plan.programs import Storage
 
     if isinstance(args, Train):
         return train_job(train_config(args, model, rows_at_once("train", sizes)), name)
     batch, length = args.batch_size or rows_at_once("serve", sizes), args.seq_len or 4096
-    return (prefill_job if isinstance(args, Prefill) else decode_job)(model, name, batch, length)
+    if isinstance(args, Prefill):
+        return prefill_job(model, name, batch, length)
+    assert isinstance(args, Decode)
+    storage = Storage(args.quantize, args.cache_dtype, args.page_size)
+    return decode_job(model, name, batch, length, storage, args.engine)
 
 
 def train_config(args: Train, model: ModelConfig, batch_size: int) -> TrainConfig:

@@ -11,13 +11,13 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from rich.console import Console
 
-from glm45_jax.cli.loading import load_model
+from glm45_jax.cli.loading import QuantizeForm, load_model
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine, EngineOptions, follow
 from glm45_jax.parallel import make_mesh
@@ -81,6 +81,11 @@ class Serve:
     """Which one this is. Process 0 answers, the others compute with it."""
     dtype: str | None = None
     """Load and compute in float32, bfloat16 or float16; without it as stored."""
+    quantize: QuantizeForm | None = None
+    """Weights in one byte: keep those of an FP8 checkpoint as they lie, or make them int8 or fp8 while loading, with a
+    scale per output channel or per block of 128 x 128."""
+    cache_dtype: Literal["int8", "fp8"] | None = None
+    """Keys and values of the cache in one byte, with scales measured at the start."""
 
 
 def main(argv: list[str]) -> int:
@@ -134,7 +139,7 @@ def _follow(args: Serve, mesh: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, told)
-    config, params, _ = load_model(args.checkpoint, args.dtype, mesh=mesh)
+    config, params, _ = load_model(args.checkpoint, args.dtype, args.quantize, mesh)
     notes.print(f"process {jax.process_index()} serves with process 0", highlight=False)
     follow(params, config)
 
@@ -150,10 +155,10 @@ def _lead(args: Serve, mesh: Any) -> None:
     )  # fmt: skip
     sizes = EngineOptions(
         slots=args.slots, cache_tokens=args.cache_tokens, step_tokens=args.step_tokens, drafts=args.drafts,
-        warm_up=args.warm_up,
+        cache_dtype=args.cache_dtype, warm_up=args.warm_up,
     )  # fmt: skip
     with bind(args.host, args.port) as listener:
-        config, params, tokenizer = load_model(args.checkpoint, args.dtype, mesh=mesh)
+        config, params, tokenizer = load_model(args.checkpoint, args.dtype, args.quantize, mesh)
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("glm45_jax.serve").setLevel(logging.INFO)
         notes = Console(stderr=True, soft_wrap=True)

@@ -13,6 +13,7 @@ from glm45_jax.config import ModelConfig
 from glm45_jax.convert import dtypes, names
 from glm45_jax.convert.pieces import Index
 from glm45_jax.errors import UserError
+from glm45_jax.model.quantized import refuse_quantized
 
 
 class _Host:
@@ -73,6 +74,7 @@ def memory_leaves(params: dict[str, Any], config: ModelConfig) -> dict[str, Memo
     Raises:
       UserError: an array is missing, unexpected, or of another shape or dtype than this model has.
     """
+    refuse_quantized(params, "writing a checkpoint")
     flat: dict[str, Any] = names.flatten(params)
     expected = {path: leaf.shape for path, leaf in names.flat_shapes(config).items()}
     problems = names.difference({path: tuple(array.shape) for path, array in flat.items()}, expected)

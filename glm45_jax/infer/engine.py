@@ -17,7 +17,6 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any, Unpack
 
@@ -26,6 +25,7 @@ import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
+from glm45_jax.infer.calibrate import checked_cache, sample_for
 from glm45_jax.infer.channel import Lost
 from glm45_jax.infer.constraint import Constraints, Place
 from glm45_jax.infer.drafting import Drafting
@@ -46,8 +46,6 @@ from glm45_jax.model import Params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
-_LEAST_TOKENS = 16  # of a step that reads prompts
-_FEW_ROWS = 4
 _FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
@@ -81,7 +79,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         options: EngineOptions | None = None,
     ):
-        self.config, self.options, self.tokenizer = config, options or EngineOptions(), tokenizer
+        self.config, self.options, self.tokenizer = config, checked_cache(options or EngineOptions()), tokenizer
         o = self.options
         o.check(config)
         self._mesh = jax.sharding.get_mesh()  # a thread has none of its own
@@ -291,8 +289,8 @@ class Engine:
 
     def _make_programs(self, params: Params) -> Programs:
         o, vocab_size = self.options, real_vocab_size(self.config, self.tokenizer)
-        dtype = np.dtype(o.cache_dtype or self.config.dtype).name
-        sizes = Sizes(o.slots, self._pool.count + 1, o.page_size, dtype, vocab_size)  # one page to spare
+        sample = sample_for(o.cache_dtype, self.config, self.tokenizer)
+        sizes = Sizes(o.slots, self._pool.count + 1, o.page_size, o.cache_dtype, vocab_size, sample)  # a page to spare
         others = [] if self._mesh.empty else others_of(self._mesh)
         if others:
             return Leading(params, self.config, sizes, others, self._end_all)
@@ -352,7 +350,7 @@ class Engine:
     def _begin(self, request: Request) -> None:
         sequence, scheduler = request.sequence, self._scheduler
         if not request.sampling.uses_penalties and self._drafting.begins_with_drafts(
-            self._rows(len(scheduler.running) + 1)
+            self.options.rows(len(scheduler.running) + 1)
         ):
             sequence.drafting, sequence.salt = True, b"drafts"
         self._requests[sequence.number] = request
@@ -361,7 +359,7 @@ class Engine:
     def _weigh_drafts(self) -> None:
         """Ends drafting where it does not pay; for good, since the MTP layer will not have read what comes now."""
         running = [s for s in self._scheduler.running if s.drafting]
-        if running and not self._drafting.pays(self._rows(len(self._scheduler.running))):
+        if running and not self._drafting.pays(self.options.rows(len(self._scheduler.running))):
             for sequence in running:
                 if sequence.answered > _FAIR_TRIAL and not sequence.pending:  # else its last token may be a draft
                     sequence.drafting, sequence.drafts = False, []
@@ -374,7 +372,7 @@ class Engine:
         requests = [self._requests[part.sequence.number] for part in parts]
         total, most = sum(part.size for part in parts), self.options.drafts
         most = most if any(part.sequence.drafting for part in parts) else 0
-        rows, tokens = self._size(len(parts), total, most)
+        rows, tokens = self.options.size(len(parts), total, most)
         top = any(request.top_logprobs for request in requests)
         reading, kind = self._reading(parts, rows, tokens), self._settings.kind(requests)
         outcome = self._step(reading, parts, requests, most, kind, top)
@@ -413,7 +411,7 @@ class Engine:
         now, since = time.monotonic(), max(flight.began, self._finished_at)
         self._finished_at = now
         if all(part.count == 1 for part in flight.parts):
-            self._drafting.timed(self._rows(len(flight.parts)), now - since, drafts=drafted is not None)
+            self._drafting.timed(self.options.rows(len(flight.parts)), now - since, drafts=drafted is not None)
 
     def _hand_out(
         self, request: Request, tokens: list[int], logprobs: list[float], drafts: list[int], top: list[Top]
@@ -459,29 +457,9 @@ class Engine:
         del self._requests[request.sequence.number]
         request.push(delta)
 
-    # --- sizes -----------------------------------------------------------------------------------------------------
-
-    def _size(self, rows: int, tokens: int, most: int) -> tuple[int, int]:
-        """Rows and tokens of the program that a step takes."""
-        n, r = min((n, r) for r, n in self._sizes(most) if r >= rows and n >= tokens)
-        return r, n
-
-    def _rows(self, rows: int) -> int:
-        return next(r for r in _doubling(1, self.options.slots) if r >= min(rows, self.options.slots))
-
-    def _sizes(self, most: int) -> Iterator[tuple[int, int]]:
-        """For decoding as many tokens as rows and their drafts; for prompts few rows or all."""
-        slots, last = self.options.slots, self.options.step_tokens
-        for rows in _doubling(1, slots):
-            yield rows, rows * (1 + most)
-        for tokens in _doubling(_LEAST_TOKENS, last) if last > _LEAST_TOKENS else (last,):
-            for rows in sorted({min(_FEW_ROWS, slots), slots}):
-                if tokens > rows * (1 + most) or tokens == last:
-                    yield rows, tokens
-
     def _warm_up(self) -> None:
         for most in sorted({0, self.options.drafts}):
-            for rows, tokens in self._sizes(most):
+            for rows, tokens in self.options.sizes(most):
                 for kind in KINDS:
                     self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
         self._constraints.prepare()
@@ -495,11 +473,3 @@ def _top(request: Request, top: list[np.ndarray] | None, first: int, count: int)
         return []
     tokens, logprobs = (x[first : first + count, :wanted].tolist() for x in top)
     return [tuple(zip(*place)) for place in zip(tokens, logprobs)]
-
-
-def _doubling(first: int, last: int) -> Iterator[int]:
-    """Powers of two times `first` below `last`, and `last`."""
-    while first < last:
-        yield first
-        first *= 2
-    yield last

@@ -16,22 +16,31 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm45_jax.config import ModelConfig
+from glm45_jax.infer.calibrate import cache_scales
 from glm45_jax.infer.sampling import SamplingParams
 from glm45_jax.infer.score import Scored, score
 from glm45_jax.infer.settings import without_biases
 from glm45_jax.infer.steps import Chosen, Drafted, Likeliest, Reading, Special, choose, draft, likeliest, read
 from glm45_jax.model import Params, init_pages
+from glm45_jax.model.paged import QuantizedPages
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of what lies on the device; token ids from `vocab_size` on are never chosen."""
+    """Of what lies on the device.
+
+    Attributes:
+      cache_dtype: as `calibrate.checked_cache` gives it.
+      vocab_size: token ids from here on are never chosen.
+      sample: texts by which a quantised cache's scales are measured; else none.
+    """
 
     slots: int
     pages: int
     page_size: int
-    cache_dtype: str
+    cache_dtype: str | None
     vocab_size: int
+    sample: list[list[int]]
 
 
 class Outcome(NamedTuple):
@@ -51,11 +60,16 @@ class Programs:
 
     def prepare(self) -> None:
         """Makes empty pages, over the mesh in force."""
-        sizes, mesh = self.sizes, jax.sharding.get_abstract_mesh()
-        heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
-        pages = lambda: init_pages(self.config, sizes.pages, sizes.page_size, sizes.cache_dtype)  # noqa: E731
-        self._pages = _made(pages, None, None, heads)
-        self._last = _made(lambda: jnp.zeros(sizes.slots, jnp.int32))
+        sizes, config = self.sizes, self.config
+        make = lambda scales: init_pages(config, sizes.pages, sizes.page_size, sizes.cache_dtype, scales)  # noqa: E731
+        self._pages = _spread(make, self._scales(), by_heads=True)
+        self._last = _spread(lambda _: jnp.zeros(sizes.slots, jnp.int32), None)
+
+    def _scales(self) -> jax.Array | None:
+        if not self.sizes.sample or self.sizes.cache_dtype is None:
+            return None
+        scales = cache_scales(self.params, self.config, self.sizes.cache_dtype, self.sizes.sample)
+        return _spread(lambda x: x, scales, by_heads=True)
 
     def read(self, reading: Reading, most: int) -> None:
         """Reads a step's tokens; up to `most` drafts follow each row's last."""
@@ -86,8 +100,10 @@ class Programs:
         return score(self.params, self.config, tokens, self._vocab_size)
 
     def update(self, params: Params) -> None:
-        """Other weights for the steps to come."""
+        """Other weights for the steps to come, which read nothing that was written with the old ones."""
         self.params = params
+        if isinstance(self._pages, QuantizedPages):
+            self._pages = dataclasses.replace(self._pages, scales=self._scales())
 
     def wait(self) -> None:
         """Until all that was asked for is done."""
@@ -102,7 +118,9 @@ class Programs:
         return sum(f._cache_size() for f in (read, choose, draft, likeliest))  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _made(make: Callable[[], Any], *spec: str | None) -> jax.Array:
-    """An array over the mesh in force, of which each device makes its part."""
+def _spread(make: Callable[[Any], Any], of: Any, by_heads: bool = False) -> Any:
+    """`make(of)` over the mesh in force, where each device makes its part: some heads, third axis, or all."""
     mesh = jax.sharding.get_mesh()
-    return jax.jit(make, out_shardings=None if mesh.empty else NamedSharding(mesh, PartitionSpec(*spec)))()
+    cut = by_heads and mesh.shape.get("tensor", 1) > 1
+    spec = PartitionSpec(None, None, "tensor") if cut else PartitionSpec()
+    return jax.jit(make, out_shardings=None if mesh.empty else NamedSharding(mesh, spec))(of)

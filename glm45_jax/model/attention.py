@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.model.layers import leave_tensor, linear, matmul_t, rms_norm, rotary_tables, rotate
+from glm45_jax.model.layers import leave_tensor, linear, product, rms_norm, rotary_tables, rotate
+from glm45_jax.model.quantized import is_quantized
 from glm45_jax.parallel import local
 from pallas_kernels import flash_attention
 
@@ -107,14 +108,41 @@ def keys_values(
 
 
 def _project_kv(x: Float[Array, "B S D"], projection: Any, config: ModelConfig) -> Float[Array, "B S O"]:
-    """The projection, by this device's heads alone where a tensor axis larger than their number has them all whole."""
-    devices, heads = local.count("tensor"), config.num_key_value_heads
-    if projection.weight.shape[0] * devices == heads * config.head_dim or devices == 1:
+    """The projection, by this device's heads alone where it has more (see `own_heads`)."""
+    weight = projection.weight.get_value()
+    if not _has_others_heads(weight.shape[0], config):
         return linear(x, projection)
-    first = local.index("tensor") * heads // devices * config.head_dim
-    own = lambda w: jax.lax.dynamic_slice_in_dim(w[...], first, config.head_dim)  # noqa: E731
-    y = matmul_t(x, own(projection.weight).astype(x.dtype))
-    return y + own(projection.bias).astype(x.dtype) if hasattr(projection, "bias") else y
+    y = product(x, _own(weight, -2, config))
+    return y + _own(projection.bias[...], -1, config).astype(x.dtype) if hasattr(projection, "bias") else y
+
+
+def own_heads(stacked: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A stack of layers with this device's kv heads alone, where a tensor axis larger than their number has all whole.
+
+    For loops over the layers: one that cuts layer and head at once, XLA for TPU lets copy the stack in every round.
+    """
+    attention = stacked["attention"]
+    if not _has_others_heads(attention["k"]["weight"].shape[-2], config):
+        return stacked
+    cut = {
+        name: {part: _own(x, -2 if part == "weight" else -1, config) for part, x in attention[name].items()}
+        for name in ("k", "v")
+    }
+    return {**stacked, "attention": {**attention, **cut}}
+
+
+def _has_others_heads(rows: int, config: ModelConfig) -> bool:
+    """Whether a projection of so many rows is of more heads than this device computes."""
+    devices, of_all = local.count("tensor"), config.num_key_value_heads * config.head_dim
+    return devices > 1 and rows * devices > max(of_all, devices * config.head_dim)
+
+
+def _own(x: Any, axis: int, config: ModelConfig) -> Any:
+    """This device's head of those that lie along `axis`."""
+    first = local.index("tensor") * config.num_key_value_heads // local.count("tensor") * config.head_dim
+    if is_quantized(x):
+        return x.rows(first, config.head_dim)
+    return jax.lax.dynamic_slice_in_dim(x, first, config.head_dim, axis % x.ndim)
 
 
 def _heads(x: Float[Array, "B S O"], config: ModelConfig) -> Float[Array, "B H S h"]:

@@ -29,6 +29,7 @@ from glm45_jax.model.attention import (
     keys_values,
     output,
     over_context,
+    own_heads,
     queries,
     sequence_of,
 )
@@ -37,6 +38,7 @@ from glm45_jax.model.layers import enter_tensor, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import moe_decode
 from glm45_jax.model.over_mesh import mesh_in_force, over_serving_mesh
 from glm45_jax.model.params import Params, layer_axes, merge, stacked_kinds, whole
+from glm45_jax.model.quantized import Quantized, is_quantized
 from glm45_jax.parallel import local
 from glm45_jax.parallel.local import SEQUENCE_AXES
 from glm45_jax.parallel.sharding import as_axes, rules_of
@@ -218,6 +220,7 @@ def cached_layers(params, config, tokens, rotary, kv, attention, is_last: Any = 
 
     carry, first = (local.spread_like(embed(params["embed"]["weight"], tokens, config), tokens), kv), 0
     kinds = stacked_kinds(config)
+    params = {**params, **{kind: own_heads(params[kind], config) for kind in kinds}}
     for kind, count in kinds.items():
         whole_layers = count - (is_last is not None and kind == list(kinds)[-1])
         carry = jax.lax.fori_loop(0, whole_layers, functools.partial(layer, kind=kind, first=first), carry)
@@ -255,12 +258,20 @@ def _layer(stacked: Params, index: Int[Array, ""], config: ModelConfig, kind: st
 
     Not so where the rules cut experts' matrices only to store them, and they have to be gathered.
     """
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
+    stored = local.live(as_axes(rules_of(config)["embed"]))
+
+    def take(x):
+        if is_quantized(x):
+            one = Quantized(x.values, x.scales, index)
+            return one.cut_out() if stored else one
+        return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+    take_all = functools.partial(jax.tree.map, take, is_leaf=is_quantized)
     axes = layer_axes(config, kind)
     if "moe" not in stacked or local.live(as_axes(rules_of(config)["expert_embed"])):
-        return merge(config, kind, whole(jax.tree.map(take, stacked), config, axes)), None
+        return merge(config, kind, whole(take_all(stacked), config, axes)), None
     without = lambda tree: {**tree, "moe": {k: v for k, v in tree["moe"].items() if k != "experts"}}  # noqa: E731
-    layer = whole(jax.tree.map(take, without(stacked)), config, without(axes))
+    layer = whole(take_all(without(stacked)), config, without(axes))
     layer["moe"]["experts"] = stacked["moe"]["experts"]
     return merge(config, kind, layer), index
 

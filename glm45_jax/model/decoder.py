@@ -27,7 +27,7 @@ from glm45_jax.model.attention import (
     queries,
     sequence_of,
 )
-from glm45_jax.model.layers import enter_tensor, linear, matmul_t, rms_norm, swiglu
+from glm45_jax.model.layers import enter_tensor, linear, product, rms_norm, swiglu
 from glm45_jax.model.moe import Routing, moe
 from glm45_jax.model.over_mesh import over_mesh
 from glm45_jax.model.params import (
@@ -228,8 +228,8 @@ def head_weight(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
 
 
 def head_logits(hidden: Float[Array, "*n D"], weight: Float[Array, "V D"]) -> Float[Array, "*n V"]:
-    """Logits in float32."""
-    return matmul_t(hidden, weight.astype(hidden.dtype), jnp.float32)
+    """Logits in float32; `weight` may be `Quantized`."""
+    return product(hidden, weight, jnp.float32)
 
 
 # --- multi-token prediction ----------------------------------------------------------------------------------------

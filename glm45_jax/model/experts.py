@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 from glm45_jax.model.expert_rounds import dropped_rows, in_rounds, packed, plan_journey, rounds_for, unpacked
 from glm45_jax.model.layers import recomputed
+from glm45_jax.model.quantized import is_quantized, values_and_scales
 from glm45_jax.parallel import local
 from glm45_jax.parallel.sharding import as_axes, rules_of
 from pallas_kernels import fused_moe, grouped_matmul, grouped_swiglu
@@ -48,7 +49,7 @@ def routed_experts(
     layer: Array | None = None,
 ) -> Answers:
     """sum_i weight_i * expert_i(x) over each token's experts; only the routed work is done."""
-    matrices = tuple(w[...].astype(x.dtype) for w in (experts.gate, experts.up, experts.down))
+    matrices = _matrices(experts, x.dtype)
     axes = local.live(as_axes(rules_of(config)["experts"]))
     travels = _travels(x, axes, config)
     run = _by_all_to_all if travels else _by_all_gather
@@ -68,14 +69,22 @@ def routed_experts(
 
 def few_tokens(x, indices, weights, experts, config: ModelConfig, layer=None) -> Answers:
     """`routed_experts` of decoding: one op that reads the chosen experts' weights where they lie."""
-    matrices = tuple(w[...].astype(x.dtype) for w in (experts.gate, experts.up, experts.down))
+    matrices = _matrices(experts, x.dtype)
     axes = local.live(as_axes(rules_of(config)["experts"]))
     how = {"layer": layer, "transpose_rhs": True, "implementation": config.implementation}
     if axes:
         how["expert_offset"] = _first_expert(axes, config)
+    matrices, scales = values_and_scales(matrices)
+    how |= dict(zip(("gate_scale", "up_scale", "down_scale"), scales))
     everyone = tuple(local.gather(a, axes, axis=0) for a in (x, indices, weights))
     out = fused_moe(everyone[0], *matrices, *everyone[1:], **how)
     return _to_their_devices(out, x, axes), jnp.int32(0)
+
+
+def _matrices(experts: Any, dtype: Any) -> tuple[Any, ...]:
+    """gate, up and down; what is quantised stays so."""
+    each = (w.get_value() for w in (experts.gate, experts.up, experts.down))
+    return tuple(w if is_quantized(w) else w.astype(dtype) for w in each)
 
 
 def _travels(x: Float[Array, "T D"], axes: tuple[str, ...], config: ModelConfig) -> bool:
@@ -151,11 +160,13 @@ def _by_all_to_all(x, indices, weights, matrices, layer, *, config: ModelConfig,
 def _mlps(rows, weights, matrices, sizes, layer, config: ModelConfig) -> Float[Array, "R D"]:
     """The weighted answers of rows sorted by expert. The weight is multiplied before `down`: then the answers need not
     wait for the backward pass."""
-    gate, up, down = matrices
+    (gate, up, down), (gate_scale, up_scale, down_scale) = values_and_scales(matrices)
     how = {"transpose_rhs": True, "layer": layer, "implementation": config.implementation}
-    hidden = grouped_swiglu(rows, gate, up, sizes, keep_products=config.remat == "none" and not local.live(), **how)
+    scales = {"gate_scale": gate_scale, "up_scale": up_scale}
+    keep_products = config.remat == "none" and not local.live()
+    hidden = grouped_swiglu(rows, gate, up, sizes, keep_products=keep_products, **scales, **how)
     weighted = (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
-    return grouped_matmul(weighted, down, sizes, **how)
+    return grouped_matmul(weighted, down, sizes, rhs_scale=down_scale, **how)
 
 
 def _sum_of_choices(answers: Float[Array, "M ..."], top_k: int) -> Float[Array, "T ..."]:

@@ -14,7 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
+from glm45_jax.model.quantized import Quantized, is_quantized
 from glm45_jax.parallel import local
+from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul.quantised import SCALE_BLOCK
 from pallas_kernels.residuals import RESIDUAL
 
 _FEW_ROWS = 32
@@ -39,8 +42,41 @@ def rms_norm(x: Float[Array, "*n D"], scale: Float[Array, " D"], eps: float) -> 
 
 def linear(x: Float[Array, "*n I"], module: Any) -> Float[Array, "*n O"]:
     """x @ weight.T, plus the bias where there is one. Weights [O, I] are cast to the dtype of `x`."""
-    y = matmul_t(x, module.weight[...].astype(x.dtype))
+    y = product(x, module.weight.get_value())
     return y + module.bias[...].astype(x.dtype) if hasattr(module, "bias") else y
+
+
+def product(x: Float[Array, "*n I"], weight: Any, dtype: Any = None) -> Float[Array, "*n O"]:
+    """x @ weight.T of a matrix [O, I], or of a `Quantized` one, whose bytes are read as they lie."""
+    if not is_quantized(weight):
+        return matmul_t(x, weight.astype(x.dtype), dtype)
+    if not weight.per_channel:
+        return _by_blocks(x, weight, dtype or x.dtype)
+    weight = weight.cut_out()
+    y = matmul_t(x, weight.values.astype(x.dtype), jnp.float32) * weight.scales[0]
+    return y.astype(dtype or x.dtype)
+
+
+def _by_blocks(x: Float[Array, "*n I"], weight: Quantized, dtype: Any) -> Float[Array, "*n O"]:
+    """With a scale for each block the matrix has to be made before it is multiplied by: on TPU in a kernel, out of the
+    stack of layers, since XLA would write it to memory in float32 first."""
+
+    def plain(x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
+        return matmul_t(x, weight.dequantized(x.dtype), dtype)
+
+    def kernel(x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
+        rows = x.reshape(-1, x.shape[-1])
+        stack = lambda a: a.reshape(-1, 1, *a.shape[-2:])  # noqa: E731
+        y = grouped_matmul(
+            rows, stack(weight.values), jnp.full(1, rows.shape[0], jnp.int32), rhs_scale=stack(weight.scales),
+            layer=0 if weight.layer is None else weight.layer, transpose_rhs=True, preferred_element_type=dtype,
+            implementation="tpu",
+        )  # fmt: skip
+        return y.reshape(*x.shape[:-1], -1)
+
+    if any(size % SCALE_BLOCK for size in weight.shape):
+        return plain(x)
+    return jax.lax.platform_dependent(x, tpu=kernel, default=plain)
 
 
 def matmul_t(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any = None) -> Float[Array, "*n O"]:

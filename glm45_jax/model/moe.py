@@ -15,6 +15,8 @@ from glm45_jax.config import ModelConfig
 from glm45_jax.model.experts import few_tokens, routed_experts
 from glm45_jax.model.layers import swiglu
 
+_FEW_ON_TPU = 512  # tokens
+
 
 class Routing(NamedTuple):
     """What the router decided, in float32, and how many choices found no room (none without a capacity)."""
@@ -64,10 +66,19 @@ def moe(x: Float[Array, "T D"], module: Any, config: ModelConfig) -> tuple[Float
 
 
 def moe_decode(x: Float[Array, "T D"], module: Any, config: ModelConfig, layer: Array | None) -> Float[Array, "T D"]:
-    """`moe` for decoding: expert weights stay stacked over layers, for few tokens in one fused op."""
+    """`moe` for decoding: expert weights stay stacked over layers, for few tokens in one fused op.
+
+    On TPU few are as many as keep waiting for the weights: sorted rows would be met in chunks, and each reads them all.
+    """
     routing = route(x, module.router, config)
-    run = few_tokens if x.shape[0] * config.num_experts_per_tok <= 4 * config.n_routed_experts else routed_experts
-    out, _ = run(x, routing.indices, routing.weights, module.experts, config, layer)
+    args = x, routing.indices, routing.weights
+    fused, by_rows = (lambda *a, f=f: f(*a, module.experts, config, layer)[0] for f in (few_tokens, routed_experts))
+    if x.shape[0] * config.num_experts_per_tok <= 4 * config.n_routed_experts:
+        out = fused(*args)
+    elif x.shape[0] <= _FEW_ON_TPU:
+        out = jax.lax.platform_dependent(*args, tpu=fused, default=by_rows)
+    else:
+        out = by_rows(*args)
     return _add_shared(out, x, module)
 
 

@@ -1,6 +1,6 @@
 """Functions of whole batches, run by `jax.shard_map` over the mesh in force.
 
-Parameters lie as `param_specs` says. Of a batch [B, S] each device has some rows (over the batch axes) and of each row
+Parameters lie as `specs_of` says. Of a batch [B, S] each device has some rows (over the batch axes) and of each row
 a piece (over `context` and `tensor`); rows and tokens are padded until all devices have as many. Over a context axis
 the tokens of a row are reordered so that all devices have the same work in causal attention (`attention.cut_order`).
 
@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.model.attention import cut_order
-from glm45_jax.model.params import Params, param_specs
+from glm45_jax.model.params import Params, specs_of
 from glm45_jax.parallel.local import BATCH_AXES, SEQUENCE_AXES
 from glm45_jax.parallel.mesh import AXES
 from glm45_jax.parallel.sharding import GATHERED, as_axes, rules_of
@@ -110,7 +110,7 @@ def over_mesh(run: Callable[..., Any], config: ModelConfig, params: Params, arra
     if layout is None:
         return run(params, *arrays)
     arrays = jax.tree.map(layout.arrange, arrays)
-    specs = (param_specs(config, layout.mesh), *jax.tree.map(lambda _: layout.spec(), arrays))
+    specs = (specs_of(params, config, layout.mesh), *jax.tree.map(lambda _: layout.spec(), arrays))
     is_none = lambda x: x is None  # noqa: E731
     out_specs = jax.tree.map(lambda n: PartitionSpec() if n is None else layout.spec(n), leads, is_leaf=is_none)
     out = shard_map(run, specs, out_specs)(params, *arrays)
@@ -146,7 +146,7 @@ def over_serving_mesh(
     heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
     like = lambda tree, spec: jax.tree.map(lambda _: spec, tree)  # noqa: E731
     kv_specs = like(kv, PartitionSpec(None, over_batch, heads))
-    specs = param_specs(config, mesh), kv_specs, like(rows, layout.spec()), like(by_row, PartitionSpec(over_batch))
+    specs = specs_of(params, config, mesh), kv_specs, like(rows, layout.spec()), like(by_row, PartitionSpec(over_batch))
     out_specs = PartitionSpec(over_batch, heads), kv_specs
     return shard_map(run, specs, out_specs)(params, kv, jax.tree.map(layout.arrange, rows), by_row)
 

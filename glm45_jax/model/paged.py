@@ -4,18 +4,23 @@ A row is what is new of one sequence: one token where it decodes, several where 
 Rows lie one behind the other without padding between them, so that one program reads prompts and decodes at once. The
 MTP layer has its pages behind those of the main layers, in the same stack and under the same page table.
 
+Pages in int8 or float8_e4m3fn have a scale for each layer's keys and values of each head, fixed when they are made
+(`infer.calibrate` measures them): stored is x / scale, rounded to nearest even and saturated; what is read is computed
+with as it was stored, of this step's own tokens too.
+
 Axes: N new tokens, R rows, P pages that a row can have, L layers, K kv heads, h head dim, D model, V vocabulary, W
 wanted tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
@@ -23,7 +28,7 @@ from glm45_jax.model.decode import cached_block, cached_layers, own_logits
 from glm45_jax.model.decoder import embed, head_logits, mtp_embed_weight, mtp_input, mtp_layer, mtp_module
 from glm45_jax.model.layers import rms_norm, rotary_tables
 from glm45_jax.model.over_mesh import mesh_in_force, shard_map
-from glm45_jax.model.params import Params, param_specs, whole
+from glm45_jax.model.params import Params, specs_of, whole
 from pallas_kernels import paged_attention
 
 
@@ -44,25 +49,53 @@ class Ragged(NamedTuple):
         return jnp.where(live, self.lengths[row] - self.starts[row + 1] + place, 0)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedPages:
+    """Pages in one byte, and what a stored one stands for."""
+
+    values: Num[Array, "L n K p 2h"]
+    scales: Float[Array, "L 2 K"]  # of keys, of values
+
+
+Pages = Float[Array, "L n K p 2h"] | QuantizedPages
+
+
 class Step(NamedTuple):
     """What a step gives."""
 
     logits: Float[Array, "W V"]  # float32
     hidden: Float[Array, "N D"]  # after the final norm
-    pages: Float[Array, "L n K p 2h"]
+    pages: Pages
 
 
-def init_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: Any = None) -> Float[Array, "L n K p 2h"]:
-    """Empty pages of all layers, the MTP layer's last: each holds `page_size` tokens of one sequence."""
+def init_pages(
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: Any = None,
+    scales: Float[Array, "L 2 K"] | None = None,
+) -> Pages:
+    """Empty pages of all layers, the MTP layer's last: each holds `page_size` tokens of one sequence.
+
+    Args:
+      dtype: of what they hold; by default the model's. int8 and float8_e4m3fn need `scales`.
+
+    Raises:
+      UserError: scales missing, of another shape, or of pages that are not quantised.
+    """
     mesh = mesh_in_force()
     heads = max(config.num_key_value_heads, 1 if mesh is None else mesh.shape.get("tensor", 1))
     layers = config.num_hidden_layers + config.has_mtp
-    return jnp.zeros((layers, num_pages, heads, page_size, 2 * config.head_dim), dtype or config.dtype)
+    dtype = jnp.dtype(dtype or config.dtype)
+    found, expected = None if scales is None else scales.shape, (layers, 2, heads) if dtype.itemsize == 1 else None
+    if found != expected:
+        raise UserError(f"pages of {dtype} with scales {found}; expected {expected}: of each layer's keys and values")
+    values = jnp.zeros((layers, num_pages, heads, page_size, 2 * config.head_dim), dtype)
+    return values if scales is None else QuantizedPages(values, scales.astype(jnp.float32))
 
 
-def paged_step(
-    params: Params, config: ModelConfig, pages: Float[Array, "L n K p 2h"], batch: Ragged, wanted: Int[Array, " W"]
-) -> Step:
+def paged_step(params: Params, config: ModelConfig, pages: Pages, batch: Ragged, wanted: Int[Array, " W"]) -> Step:
     """Reads new tokens into their pages. Donate `pages`: they are written in place.
 
     Args:
@@ -80,7 +113,7 @@ def paged_step(
 def mtp_paged_step(
     params: Params,
     config: ModelConfig,
-    pages: Float[Array, "L n K p 2h"],
+    pages: Pages,
     batch: Ragged,
     hidden: Float[Array, "N D"],
     wanted: Int[Array, " W"],
@@ -115,11 +148,12 @@ def mtp_paged_step(
 def _attention(batch: Ragged, config: ModelConfig) -> Any:
     def attend(q, k, v, pages, layer):
         flat = lambda x: x[0].swapaxes(0, 1)  # noqa: E731  [1, H, N, h] -> [N, H, h]
-        out, pages = paged_attention(
-            flat(q), flat(k), flat(v), pages, batch.page_table, batch.lengths, batch.starts, batch.num_rows,
-            layer=layer, implementation=config.implementation,
+        values, scales = (pages.values, pages.scales) if isinstance(pages, QuantizedPages) else (pages, None)
+        out, values = paged_attention(
+            flat(q), flat(k), flat(v), values, batch.page_table, batch.lengths, batch.starts, batch.num_rows,
+            layer=layer, kv_scale=scales, implementation=config.implementation,
         )  # fmt: skip
-        return out.swapaxes(0, 1)[None], pages
+        return out.swapaxes(0, 1)[None], values if scales is None else QuantizedPages(values, scales)
 
     return attend
 
@@ -130,6 +164,7 @@ def _over_mesh(run: Any, config: ModelConfig, params: Params, pages: Any, rest: 
     if mesh is None:
         return run(params, pages, *rest)
     heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
-    of_pages, same = PartitionSpec(None, None, heads), PartitionSpec()
-    specs = param_specs(config, mesh), of_pages, *jax.tree.map(lambda _: same, rest)
+    same = PartitionSpec()
+    of_pages = jax.tree.map(lambda _: PartitionSpec(None, None, heads), pages)  # scales too: heads are their third axis
+    specs = specs_of(params, config, mesh), of_pages, *jax.tree.map(lambda _: same, rest)
     return shard_map(run, specs, (PartitionSpec(None, heads), same, of_pages))(params, pages, *rest)

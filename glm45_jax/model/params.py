@@ -8,16 +8,18 @@ Everything that needs shapes, axes or dtypes (shardings, checkpoints, optimizer 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.model import modules
+from glm45_jax.model.quantized import Quantized, is_quantized, scale_spec
 from glm45_jax.parallel import local
 from glm45_jax.parallel.sharding import GATHERED, MeshAxes, as_axes, rules_of, tree_shardings
 
@@ -100,6 +102,34 @@ def param_specs(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     return jax.tree.map(lambda sharding: sharding.spec, param_shardings(config, mesh))
 
 
+def specs_of(params: Params, config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
+    """`param_specs` for this very tree: scales of quantised weights lie as their weights.
+
+    Raises:
+      UserError: a quantised weight's blocks cannot be divided so.
+    """
+    return scales_too(params, param_specs(config, mesh), mesh)
+
+
+def scales_too(params: Params, specs: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """`PartitionSpec`s of weights, with those of the scales where `params` have some."""
+    parts = lambda axes: math.prod(mesh.shape[name] for name in as_axes(axes))  # noqa: E731
+
+    def one(path: Any, x: Any, spec: PartitionSpec) -> Any:
+        name = ".".join(str(key.key) for key in path)
+        return Quantized(spec, scale_spec(name, x, spec, parts)) if is_quantized(x) else spec  # pyright: ignore
+
+    return jax.tree_util.tree_map_with_path(one, params, specs, is_leaf=is_quantized)
+
+
+def shardings_of(
+    params: Params, config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Mapping[str, MeshAxes] | None = None
+) -> Params:
+    """`param_shardings` for this very tree, with quantised weights or without."""
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(config, mesh, rules))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), scales_too(params, specs, mesh))
+
+
 def whole(params: Any, config: ModelConfig, axes: Any, apart: tuple[str, ...] = ()) -> Any:
     """A layer's parameters, or those around the layers, as the layer uses them, inside a `shard_map`.
 
@@ -114,16 +144,23 @@ def whole(params: Any, config: ModelConfig, axes: Any, apart: tuple[str, ...] = 
         return params
     rules = rules_of(config)
 
-    def one(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    def one(x: Any, axes: tuple[str | None, ...]) -> Any:
+        if is_quantized(x):
+            *lead, out, into = axes
+            scale_axes = (*lead, None, out) if x.per_channel else (*lead, into, out)
+            values, scales = gathered(x.values, axes, x.values.dtype), gathered(x.scales, scale_axes, x.scales.dtype)
+            return Quantized(values, scales, x.layer)
+        return gathered(x, axes, x.dtype if "router" in axes else config.dtype)
+
+    def gathered(x: jax.Array, axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
         names = lambda axis: tuple(name for name in as_axes(rules[axis]) if name not in apart)  # noqa: E731
         cut = [(i, names(axis)) for i, axis in enumerate(axes) if axis in GATHERED]
-        if cut and "router" not in axes:
-            x = x.astype(config.dtype)
+        x = x.astype(dtype) if cut else x
         for i, names in cut:
             x = local.gather_stored(x, names, axis=i)
         return checkpoint_name(x, WHOLE) if cut else x
 
-    return jax.tree.map(one, params, axes)
+    return jax.tree.map(one, params, axes, is_leaf=is_quantized)
 
 
 @functools.cache

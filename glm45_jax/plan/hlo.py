@@ -19,7 +19,9 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"([a-z][\w\-]*)\(")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
+_CALLED = re.compile(
+    r"\b(?:calls|called_computations|to_apply|body|branch_computations|true_computation|false_computation)="
+)
 _NAMES = re.compile(r"%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 

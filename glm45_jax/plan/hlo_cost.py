@@ -6,9 +6,10 @@ often each runs. What XLA does on several devices over again is in them.
 Bytes: each operation that is scheduled reads its operands once and writes its results once, with these exceptions.
 
   fast memory     what the TPU's compiler placed in VMEM or SMEM (`S(n)` in its layout) costs nothing
-  parts           of an operand that is only sliced or gathered from, inside a fusion too, the parts count
+  parts           of an operand that is only sliced or gathered from, inside a fusion too, the parts count; there also
+                  behind a conversion or a change of layout
   in place        of a `dynamic-update-slice` what is put in counts, not the array that it is put into
-  free            tuples, bitcasts, the ends of asynchronous operations
+  free            tuples, bitcasts, the ends of asynchronous operations; calls, whose insides count
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _FREE = {
 }  # fmt: skip
 _NO_TRAFFIC = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 _SLICING = ("dynamic-slice", "slice", "gather")
+_SAME_PLACE = ("bitcast", "copy", "convert")  # of each value one; fused, no more of them are made than are used
 _SAME = ("bitcast", "reshape", "copy", "convert", "transpose")
 _ARRAY = re.compile(r"[a-z]\w*\[[\d,<=]*\](?:\{[^}]*\})?")
 _FAST = re.compile(r"S\([1-9]\d*\)")
@@ -106,6 +108,8 @@ def _far(text: str) -> float:
 def _bytes(program: Program, computation: Computation, it: Instruction) -> float:
     if it.opcode in _FREE or it.opcode.endswith("-done") or _target(it) in (*_NO_TRAFFIC, *KERNELS):
         return 0
+    if it.opcode == "custom-call" and any(name in program.computations for name in it.called):
+        return 0  # work given to a TPU's SparseCore: what stands inside is counted
     if it.opcode == "fusion":
         return _fusion_bytes(program, computation, it)
     operands = _types(computation, it)
@@ -155,8 +159,8 @@ def _read(program: Program, inside: Computation, value: Instruction) -> float:
     for user in inside.users.get(value.name, ()):
         if user.opcode in _SLICING and user.operands[0] == value.name:
             total += array_bytes(user.type)
-        elif user.opcode == "bitcast":
-            total += _read(program, inside, user)
+        elif user.opcode in _SAME_PLACE:
+            total += _read(program, inside, user) * whole / max(1.0, array_bytes(user.type))
         elif user.opcode == "fusion":
             total += _read_by_fusion(program, inside, user, value)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
@@ -168,10 +172,12 @@ def _read_by_fusion(program: Program, inside: Computation, user: Instruction, va
     nested, place = program.computations[user.called[0]], str(user.operands.index(value.name))
     argument = next(p for p in nested.instructions.values() if p.opcode == "parameter" and p.argument == place)
     it = nested.root
-    while it.opcode == "bitcast":
+    while it.opcode in _SAME_PLACE:
         it = nested.instructions[it.operands[0]]
     # one that hands its operand on is as its own users are
-    return _read(program, inside, user) if it is argument else _read(program, nested, argument)
+    if it is argument:
+        return _read(program, inside, user) * array_bytes(value.type) / max(1.0, array_bytes(user.type))
+    return _read(program, nested, argument)
 
 
 def _results(inside: Computation, root: Instruction) -> Iterable[Instruction]:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.parallel import AXES, SERVING_RULES, MeshConfig
 from glm45_jax.plan.model_flops import active_parameters, decode_flops, prefill_flops, train_flops
-from glm45_jax.plan.programs import decode_program, prefill_program, train_program
+from glm45_jax.plan.programs import (
+    Program,
+    Storage,
+    decode_program,
+    engine_program,
+    prefill_program,
+    train_program,
+)
 from glm45_jax.plan.report import Job
 from glm45_jax.train.config import TrainConfig
 
@@ -44,12 +52,29 @@ def prefill_job(model: ModelConfig, name: str, batch_size: int, seq_len: int) ->
     )
 
 
-def decode_job(model: ModelConfig, name: str, batch_size: int, seq_len: int) -> Job:
-    m = for_serving(model)
+def decode_job(
+    model: ModelConfig,
+    name: str,
+    batch_size: int,
+    seq_len: int,
+    storage: Storage | None = None,
+    engine: bool = False,
+) -> Job:
+    """`decode_step`, or the `engine`'s step, in which every sequence decodes. A quantised cache is the engine's."""
+    m, storage = for_serving(model), storage or Storage()
+    if storage.cache is not None and not engine:
+        raise UserError("a quantised cache is the engine's: give --engine too")
+
+    def make(mesh: Any) -> Program:
+        if engine:
+            return engine_program(m, mesh, batch_size, seq_len, storage)
+        return decode_program(m, mesh, batch_size, seq_len, storage.weights)
+
+    kept = [f"{what} in {how}" for what, how in (("weights", storage.weights), ("cache", storage.cache)) if how]
     return Job(
         program="decode",
-        model=name,
-        make=lambda mesh: decode_program(m, mesh, batch_size, seq_len),
+        model=", ".join([name, *kept, *["engine"] * engine]),
+        make=make,
         remat="none",
         batch=batch_size,
         seq_len=seq_len,
@@ -97,6 +122,20 @@ def default_mesh(program: str, model: ModelConfig, devices: int) -> MeshConfig:
         return MeshConfig(expert=_largest(devices, 4, lambda n: experts % n == 0), fsdp=-1)
     tensor = _largest(devices, model.num_key_value_heads, lambda n: experts % n == 0)
     expert = _largest(devices // tensor, devices, lambda n: experts % (n * tensor) == 0)
+    return MeshConfig(tensor=tensor, expert=expert, data=-1, fsdp=1)
+
+
+def engine_mesh(model: ModelConfig, devices: int) -> MeshConfig:
+    """For the engine, whose devices all have every row: heads and widths over as many as they divide, experts over
+    the rest."""
+    m, kv = model, model.num_key_value_heads
+    sizes = (m.num_attention_heads, m.n_routed_experts, m.vocab_size, m.intermediate_size, m.moe_intermediate_size)
+
+    def fits(n: int) -> bool:
+        return (kv % n == 0 or n % kv == 0) and all(size % n == 0 for size in sizes)
+
+    tensor = _largest(devices, devices, fits)
+    expert = _largest(devices // tensor, devices, lambda n: m.n_routed_experts % (n * tensor) == 0)
     return MeshConfig(tensor=tensor, expert=expert, data=-1, fsdp=1)
 
 

@@ -19,11 +19,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.model import abstract_params, init_cache, param_shardings, prefill
+from glm45_jax.infer.calibrate import cache_dtype_of
+from glm45_jax.infer.sampling import sampling_params
+from glm45_jax.infer.steps import Reading, choose, read
+from glm45_jax.model import (
+    abstract_params,
+    init_cache,
+    init_pages,
+    param_shardings,
+    prefill,
+    quantize_params,
+    shardings_of,
+)
 from glm45_jax.model.decode import decode_step
 from glm45_jax.parallel.local import BATCH_AXES
 from glm45_jax.train.config import TrainConfig
 from glm45_jax.train.step import init_state, train_step
+
+NO_VALUE = "no value"  # a leaf, as None would not be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Program:
       fn: of `args`.
       args: shapes with their shardings.
       donate: arguments whose memory the results take over.
-      steering: a tree like `args`, arrays where values steer kernels, None elsewhere.
+      steering: a tree like `args`, arrays where values steer kernels, `NO_VALUE` elsewhere.
       parts: name of a group of arguments ("parameters", "optimizer", "cache", "batch") -> its shapes.
     """
 
@@ -65,7 +78,7 @@ def train_program(config: TrainConfig, mesh: Mesh) -> Program:
         lambda state, batch: train_step(state, batch, config),
         (state, batch),
         (0,),
-        (_nothing(state), {name: known.get(name) for name in names}),
+        (_nothing(state), {name: known.get(name, NO_VALUE) for name in names}),
         {"parameters": state.params, "optimizer": state.opt_state, "batch": batch},
     )
 
@@ -103,9 +116,11 @@ def prefill_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: i
     return Program(step, args, (1,), _nothing(args), {"parameters": params, "cache": cache, "batch": tokens})
 
 
-def decode_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int) -> Program:
+def decode_program(
+    config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int, weights: str | None = None
+) -> Program:
     """`decode_step` of `batch_size` rows whose caches hold `seq_len` - 1 tokens of `seq_len` slots."""
-    params, cache, rows = _serving(config, mesh, batch_size, seq_len)
+    params, cache, rows = _serving(config, mesh, batch_size, seq_len, weights)
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
 
     def step(params: Any, cache: Any, tokens: Any) -> Any:
@@ -118,12 +133,83 @@ def decode_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: in
         segment=np.ones(batch_size, np.int32),
     )  # fmt: skip
     parts = {"parameters": params, "cache": cache, "batch": tokens}
-    return Program(step, args, (1,), (_nothing(params), steering, None), parts)
+    return Program(step, args, (1,), (_nothing(params), steering, NO_VALUE), parts)
 
 
-def _serving(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int) -> tuple[Any, Any, NamedSharding]:
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """In what decoding keeps weights and cache.
+
+    Attributes:
+      weights: a form of `quantize_params`; None: as the model computes.
+      cache: "int8" or "fp8"; None: as the model computes.
+      page_size: tokens of a page.
+    """
+
+    weights: str | None = None
+    cache: str | None = None
+    page_size: int = 64
+
+    @property
+    def cache_dtype(self) -> str | None:
+        return cache_dtype_of(self.cache)
+
+
+def engine_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int, storage: Storage) -> Program:
+    """The engine's step where all `batch_size` sequences decode, each with `seq_len` tokens, the new one included."""
+    params = serving_params(config, mesh, storage.weights)
+    width = -(-seq_len // storage.page_size)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
+    by_heads = NamedSharding(mesh, PartitionSpec(None, None, heads))
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        pages = jax.eval_shape(lambda: empty_pages(config, batch_size * width + 1, storage))
+    pages = jax.tree.map(lambda x: _placed(x, by_heads), pages)
+    rows, every = np.arange(batch_size, dtype=np.int32), np.arange(batch_size + 1, dtype=np.int32)
+    nothing = np.zeros(batch_size, np.int32)
+    arrays: dict[str, Any] = {
+        "tokens": nothing, "from_slot": rows, "following": nothing, "starts": every,
+        "lengths": np.full(batch_size, seq_len, np.int32), "drafts": nothing,
+        "page_table": np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width),
+        "to_slot": rows, "chooses": np.ones(batch_size, bool), "num_rows": np.int32(batch_size),
+    }  # fmt: skip
+    reading = Reading(**arrays)
+    sampling = sampling_params(batch_size, config.vocab_size, None, {"temperature": 0.7})
+    beside = (nothing, reading, sampling, np.int32(config.vocab_size))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), beside)
+
+    def step(params: Any, pages: Any, last: Any, reading: Any, sampling: Any, vocab_size: Any) -> Any:
+        logits, _, pages = read(params, config, pages, last, reading, most=0)
+        return choose(logits, last, sampling, reading, vocab_size, None), pages
+
+    steering = (_nothing(params), _nothing(pages), NO_VALUE, reading, _nothing(sampling), NO_VALUE)
+    parts = {"parameters": params, "cache": pages, "batch": shapes}
+    return Program(step, (params, pages, *shapes), (1,), steering, parts)
+
+
+def empty_pages(config: ModelConfig, count: int, storage: Storage) -> Any:
+    """With scales of one where the cache is quantised: a plan reads no values."""
+    dtype = jnp.dtype(storage.cache_dtype or config.dtype)
+    scales = None
+    if dtype.itemsize == 1:
+        of_one_layer = jax.eval_shape(lambda: init_pages(config, 1, 1)).shape
+        scales = jnp.ones((of_one_layer[0], 2, of_one_layer[2]))
+    return init_pages(config, count, storage.page_size, dtype, scales)
+
+
+def serving_params(config: ModelConfig, mesh: Mesh, form: Any = None) -> Any:
+    """Shapes and shardings of the parameters, quantised by `form`."""
+    params = abstract_params(config)
+    if form is not None:
+        params = jax.eval_shape(lambda p: quantize_params(p, config, form), params)
+    return jax.tree.map(_placed, params, shardings_of(params, config, mesh))
+
+
+def _serving(
+    config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: int, weights: str | None = None
+) -> tuple[Any, Any, NamedSharding]:
     """Parameters, an empty cache [L, B, K, T, h] by rows and kv heads, and where an array [B, ...] of rows lies."""
-    params = jax.tree.map(_placed, abstract_params(config), param_shardings(config, mesh))
+    params = serving_params(config, mesh, weights)
     with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
         cache = jax.eval_shape(lambda: init_cache(config, batch_size, seq_len))
     over_batch = dividing(batch_size, mesh)
@@ -171,12 +257,12 @@ def _check_batch(rows: int, mesh: Mesh) -> None:
 
 
 def _nothing(tree: Any) -> Any:
-    return jax.tree.map(lambda _: None, tree)
+    return jax.tree.map(lambda _: NO_VALUE, tree)
 
 
 def steering_values(program: Program) -> list[Any]:
     """One for each argument of the traced program, in its order."""
-    return jax.tree.leaves(program.steering, is_leaf=lambda x: x is None)
+    return [None if x is NO_VALUE else x for x in jax.tree.leaves(program.steering)]
 
 
 def bytes_per_device(tree: Any) -> float:

@@ -227,7 +227,7 @@ def model_from(model: Any, init_from: str | None, where: str) -> ModelConfig:
     elif init_from is not None:
         from glm45_jax.convert.load import open_checkpoint  # reads no weights
 
-        base = dataclasses.asdict(open_checkpoint(init_from)[0])
+        base = dataclasses.asdict(open_checkpoint(init_from).config)
     else:
         base = {}
     # Steps of a bfloat16 weight are mostly smaller than half its last bit, and would be lost.

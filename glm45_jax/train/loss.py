@@ -21,6 +21,7 @@ from glm45_jax.model.decoder import head_weight, hidden_states, mtp_head_weight,
 from glm45_jax.model.moe import Routing
 from glm45_jax.model.over_mesh import over_mesh
 from glm45_jax.model.params import Params
+from glm45_jax.model.quantized import refuse_quantized
 from glm45_jax.parallel import local
 from glm45_jax.parallel.local import SEQUENCE_AXES
 from pallas_kernels import weighted_linear_cross_entropy
@@ -102,6 +103,7 @@ def partial_loss(
     params: Params, config: ModelConfig, rows: Rows, totals: Totals, mtp_weight: Any, balance_weight: Any
 ) -> tuple[Float[Array, ""], Metrics]:
     """What these rows add to the loss of a batch and to its parts: a micro-batch's, a device's."""
+    refuse_quantized(params, "the loss of training")
     place = Places(rows.segment_ids, rows.positions)
 
     def summarize(routing: Routing, segment_ids: Array):

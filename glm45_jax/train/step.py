@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.model import Params, init_params
 from glm45_jax.model.over_mesh import layout_of, shard_map
 from glm45_jax.model.params import param_specs
+from glm45_jax.model.quantized import refuse_quantized
 from glm45_jax.parallel import local
 from glm45_jax.train.config import TrainConfig
 from glm45_jax.train.loss import Batch, Rows, Totals, partial_loss, rows_of_batch, totals_of
@@ -49,6 +50,7 @@ def init_state(config: TrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first step, with fresh parameters (by `config.seed`) or the given ones. Pure."""
     init_key, rng = jax.random.split(jax.random.key(config.seed))
     params = init_params(config.model, init_key) if params is None else params
+    refuse_quantized(params, "training")
     opt_state = _optimizer(config).init(params)
     # Two arrays, not one twice: a donated state must not hold a buffer in two places.
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), init_track(), rng)

@@ -53,6 +53,18 @@ def run(*args: Any) -> int:
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
+def test_generate_with_quantised_weights(checkpoint, capsys) -> None:
+    arguments = ("generate", checkpoint, "the cat", "-n", 6, "--json")
+    reports = []
+    for extra in ((), ("--quantize", "int8")):
+        assert run(*arguments, *extra) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    exact, quantised = (report["logprobs"][0] for report in reports)
+    assert exact != quantised and abs(exact - quantised) < 0.2
+    assert run(*arguments, "--quantize", "keep") == 2
+    assert "no matrices of this checkpoint are FP8" in capsys.readouterr().err
+
+
 def test_generate_prints_what_generate_detailed_finds(checkpoint, capsys) -> None:
     arguments = ("generate", checkpoint, "the cat", "-n", 12, "--temperature", 1.0, "--seed", 4)
     assert run(*arguments, "--json") == 0

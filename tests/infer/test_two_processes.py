@@ -136,15 +136,15 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["tensor=2", "expert=2,tensor=2"])
-def test_two_answer_as_one(tmp_path, axes):
+@pytest.mark.parametrize(("axes", "cache"), [("tensor=2", "float32"), ("expert=2,tensor=2", "int8")])
+def test_two_answer_as_one(tmp_path, axes, cache):
     """With drafts, penalties, grammars and other weights on the way, over two processes and over one."""
     found = []
     devices = 2 if axes == "tensor=2" else 4
     for count in (1, 2):
         file = tmp_path / f"{count}.json"
         run = Processes(
-            tmp_path / str(count), ["tests.infer.two_processes", axes, str(file)], count, devices // count
+            tmp_path / str(count), ["tests.infer.two_processes", axes, cache, str(file)], count, devices // count
         )  # fmt: skip
         assert not any(run.codes(400)), [run.said(i)[-3000:] for i in range(count)]
         found.append(json.loads(file.read_text()))

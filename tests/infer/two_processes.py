@@ -1,6 +1,7 @@
 """An engine over several processes, and over one. Run by test_two_processes.py, one call for each process.
 
-python -m tests.infer.two_processes AXES FILE    AXES: tensor=2 and the like; process 0 writes answers and stats as JSON
+python -m tests.infer.two_processes AXES DTYPE FILE    AXES: tensor=2 and the like; DTYPE: of the cache; process 0
+writes answers and stats as JSON
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def answers(engine: Engine) -> list[Any]:
     return [*(one.answer for one in found), likely.result().answer, tops]
 
 
-def main(axes: str, file: str) -> None:
+def main(axes: str, cache: str, file: str) -> None:
     from glm45_jax.cli.serve import serving_mesh
 
     tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
@@ -45,7 +46,7 @@ def main(axes: str, file: str) -> None:
     mesh = serving_mesh(axes)
     assert mesh is not None
     options = EngineOptions(
-        slots=4, cache_tokens=256, page_size=4, step_tokens=32, drafts=1, cache_dtype="float32", warm_up=False
+        slots=4, cache_tokens=256, page_size=4, step_tokens=32, drafts=1, cache_dtype=cache, warm_up=False
     )
     with jax.set_mesh(mesh):
         place = lambda tree: jax.tree.map(_put, tree, param_shardings(config, mesh))  # noqa: E731

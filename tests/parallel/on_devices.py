@@ -18,7 +18,8 @@ import numpy as np
 
 import glm45_jax as glm
 from glm45_jax.config import ModelConfig, ParallelConfig
-from glm45_jax.model import param_shardings
+from glm45_jax.infer.calibrate import cache_dtype_of, cache_scales
+from glm45_jax.model import param_shardings, quantize_params, shardings_of
 from glm45_jax.parallel import SERVING_RULES, make_mesh
 from glm45_jax.plan.collectives import count_collectives
 from glm45_jax.train.config import TrainConfig
@@ -131,23 +132,24 @@ def errors(want: Any, got: Any) -> dict[str, float]:
 # --- whole forward passes and decoding -------------------------------------------------------------------------------
 
 
-def forward_of(rows: int, length: int, **mesh: int) -> dict[str, Any]:
-    """`forward`, `mtp_forward` and `loss_fn`, of sizes that the mesh does not divide."""
+def forward_of(rows: int, length: int, form: str | None = None, **mesh: int) -> dict[str, Any]:
+    """`forward`, `mtp_forward` and `loss_fn`, of sizes that the mesh does not divide; quantised without the loss."""
     config = small_config(num_nextn_predict_layers=1)
-    params, batch = random_params(config), packed_batch(config, 8)
+    params, batch = quantised(random_params(config), config, form), packed_batch(config, 8)
     tokens, segments = (batch[name][:rows, :length] for name in ("tokens", "segment_ids"))
 
     def run(params: Any) -> Any:
         out = glm.forward(params, config, tokens, segment_ids=segments, collect=("hidden_states", "router"))
         mtp = glm.mtp_forward(params, config, tokens, segment_ids=segments)
-        return out, mtp, glm.loss_fn(params, config, {"tokens": tokens, "segment_ids": segments})
+        loss = () if form else glm.loss_fn(params, config, {"tokens": tokens, "segment_ids": segments})
+        return out, mtp, loss
 
     real = segments != 0  # what padding computes depends on what lies beside it, and nobody reads it
     keep = lambda x: x if x.ndim < 2 else x * _mask(x, real)  # noqa: E731
     want = jax.tree.map(keep, quick_jit(run)(params))
     on = make_mesh(jax.devices()[: math.prod(mesh.values())], **mesh)
     with jax.set_mesh(on):
-        got = jax.tree.map(keep, quick_jit(run)(jax.device_put(params, param_shardings(config, on))))
+        got = jax.tree.map(keep, quick_jit(run)(jax.device_put(params, shardings_of(params, config, on))))
     return {"errors": errors(want, got)}
 
 
@@ -192,13 +194,20 @@ def decoding(rows: int, serving: bool, **mesh: int) -> dict[str, Any]:
     }
 
 
-def paging(**mesh: int) -> dict[str, Any]:
+def quantised(params: Any, config: ModelConfig, form: Any) -> Any:
+    return params if form is None else quantize_params(params, config, form, head=True)
+
+
+def paging(form: str | None = None, cache: str = "float32", **mesh: int) -> dict[str, Any]:
     """A step over pages, of a chunk of a prompt and two rows behind it, and the MTP layer's after it."""
     config = small_config(num_nextn_predict_layers=1, num_attention_heads=8)
     params, tokens = random_params(config), packed_batch(config, 8)["tokens"].reshape(-1)
+    params, known = quantised(params, config, form), tokens[:9].tolist()
 
     def run(params: Any, config: ModelConfig) -> Any:
-        pages, table = glm.model.init_pages(config, 9, 4, "float32"), jnp.arange(9).reshape(3, 3)
+        table = jnp.arange(9).reshape(3, 3)
+        scales = cache_scales(params, config, cache, [known]) if cache != "float32" else None
+        pages = glm.model.init_pages(config, 9, 4, cache_dtype_of(cache), scales)
         out: list[Any] = []
         for starts, lengths in (([0, 6, 9, 10], [6, 3, 1]), ([0, 1, 2, 6], [7, 4, 5])):
             arrays = (tokens[:12], jnp.array(starts), jnp.array(lengths), table, jnp.int32(3))
@@ -219,7 +228,7 @@ def paging(**mesh: int) -> dict[str, Any]:
     spread = config.replace(parallel=ParallelConfig(rules=SERVING_RULES))
     on = make_mesh(jax.devices()[: math.prod(mesh.values())], **mesh)
     with jax.set_mesh(on):
-        got = quick_jit(lambda p: run(p, spread))(jax.device_put(params, param_shardings(spread, on)))
+        got = quick_jit(lambda p: run(p, spread))(jax.device_put(params, shardings_of(params, spread, on)))
     return {"errors": errors(want, got)}
 
 
@@ -245,6 +254,10 @@ OTHERS = {
     "decode-few-rows": lambda: decoding(1, True, expert=2, tensor=4),
     "paged": lambda: paging(expert=2, tensor=2),
     "paged-many-heads": lambda: paging(tensor=8),
+    "quantised": lambda: forward_of(3, 13, "int8", fsdp=2, expert=2, tensor=2),
+    "quantised-blocks": lambda: paging("fp8-block", expert=4),
+    "quantised-paged": lambda: paging("fp8", "int8", expert=2, tensor=2),
+    "quantised-paged-many-heads": lambda: paging("int8", "fp8", tensor=8),
     "decode-training-rules": lambda: decoding(8, False, fsdp=2, expert=2, tensor=2),
 }
 

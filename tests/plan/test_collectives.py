@@ -15,6 +15,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.parallel import AXES
 from glm45_jax.plan.collectives import all_to_all_bytes, collectives, count_collectives, sent_bytes
 from glm45_jax.plan.hlo import parse
+from glm45_jax.plan.hlo_cost import memory_bytes
 from glm45_jax.plan.replica_groups import parse_groups, varying_axes
 from tests.support import ROOT
 
@@ -190,3 +191,35 @@ def test_a_loop_of_unknown_rounds_is_said() -> None:
     program = parse(LOOP.replace("s32[] constant(LIMIT)", "s32[] custom-call(%a)"))
     assert collectives(program, {"fsdp": 8})[0].times == 1
     assert any("not known" in note for note in program.notes)
+
+
+SPARSECORE = """HloModule jit_step, num_partitions=8
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[]{:T(256)} parameter(0)
+  %b = bf16[]{:T(256)} parameter(1)
+  ROOT %s = bf16[]{:T(256)} add(%a, %b)
+}, execution_thread="sparsecore"
+%called (p: bf16[128,4096]) -> bf16[128,4096] {
+  %p = bf16[128,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %r = bf16[128,4096]{1,0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}, execution_thread="sparsecore"
+%async (p: bf16[128,4096]) -> bf16[128,4096] {
+  %p = bf16[128,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %c = bf16[128,4096]{1,0} custom-call(%p), custom_call_target="TODO", called_computations={%called}
+}, execution_thread="sparsecore"
+ENTRY %main (x: bf16[128,4096]) -> bf16[128,4096] {
+  %x = bf16[128,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  %start = ((), (), (s32[512]{0})) async-start(), async_execution_thread="sparsecore", calls=%async
+  %update = ((bf16[128,4096]{1,0}), bf16[128,4096]{1,0}, (s32[512]{0})) async-update(%start, %x), calls=%async
+  ROOT %done = bf16[128,4096]{1,0:T(8,128)(2,1)} async-done(%update)
+}
+"""
+
+
+def test_a_collective_that_the_sparsecore_runs_is_seen_once() -> None:
+    program = parse(SPARSECORE)
+    (found,) = collectives(program, {"data": 2, "tensor": 4})
+    nbytes = 128 * 4096 * 2
+    assert (found.kind, found.axes, found.bytes, found.times) == ("all-reduce", ("tensor",), nbytes, 1)
+    assert sent_bytes([found], {"data": 2, "tensor": 4})["tensor"] == 2 * nbytes / 4 * 3
+    assert memory_bytes(program) == 2 * nbytes  # read and written once, not by the call around it too

@@ -56,6 +56,41 @@ def test_a_program_of_a_tpu() -> None:
     assert memory_bytes(program) == weight + x + index + update + index
 
 
+RELAID = """HloModule jit_step, num_partitions=1
+%retiled (p0: s8[46,512,256]) -> s8[46,512,256] {
+  %p0 = s8[46,512,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copied = s8[46,512,256]{2,1,0:T(8,128)(4,1)} copy(%p0)
+}
+%layer (p0: s8[46,512,256], p1: s32[]) -> bf16[512,256] {
+  %p0 = s8[46,512,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %f = s8[46,512,256]{2,1,0:T(8,128)(4,1)} fusion(%p0), kind=kLoop, calls=%retiled
+  %wide = bf16[46,512,256]{2,1,0} convert(%f)
+  %w = bf16[1,512,256]{2,1,0} dynamic-slice(%wide, %p1, %zero, %zero), dynamic_slice_sizes={1,512,256}
+  ROOT %b = bf16[512,256]{1,0} bitcast(%w)
+}
+%fused_weight (p0: s8[46,512,256], p1: s32[], p2: bf16[64,256]) -> bf16[64,512] {
+  %p0 = s8[46,512,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %b = bf16[512,256]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%layer
+  %p2 = bf16[64,256]{1,0} parameter(2)
+  ROOT %c = bf16[64,512]{1,0:T(8,128)(2,1)S(1)} convolution(%p2, %b), dim_labels=bf_oi->bf
+}
+ENTRY %main (w: s8[46,512,256], x: bf16[64,256], i: s32[]) -> bf16[64,512] {
+  %w = s8[46,512,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %x = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = bf16[64,512]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %i, %x), kind=kOutput, calls=%fused_weight
+}
+"""
+
+
+def test_a_layer_of_quantised_weights_laid_out_anew_on_the_way() -> None:
+    """Inside a fusion a conversion and a change of layout are of the slice alone, in the bytes that lie in memory."""
+    assert memory_bytes(parse(RELAID)) == 512 * 256 + 64 * 256 * 2 + 4
+
+
 CONVOLUTIONS = [
     # a batch of products as XLA for TPU writes it: the batch as a window of which each output meets one place
     ("bf16[8,3,5]", "bf16[8,7,5]", "bf16[8,3,7]", "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf", 8),

@@ -49,7 +49,7 @@ def test_a_prompt_alone(app, engine, wanted):
 
 
 def test_a_prompt_and_what_follows(app, wanted):
-    tokens, all_logprobs = wanted
+    tokens, _ = wanted
     plain = complete(app, max_tokens=3, logprobs=1, echo=False)["choices"][0]
     found = complete(app, max_tokens=3, logprobs=1)["choices"][0]
     assert found["text"] == TEXT + plain["text"]
