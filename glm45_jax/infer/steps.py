@@ -156,7 +156,8 @@ def draft(
         step = mtp_paged_step(params, config, step.pages, batch, h, every[:-1])
         h = step.hidden
         drafts.append(sample(step.logits, sampling, position + 1 + i, None, vocab_size)[0])
-    return Drafted(*whole_everywhere((accepted, jnp.stack(drafts, axis=1))), step.pages)
+    accepted, found = whole_everywhere((accepted, jnp.stack(drafts, axis=1)))
+    return Drafted(accepted, found, step.pages)
 
 
 def whole_everywhere(tree: Any) -> Any:

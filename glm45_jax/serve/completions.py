@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import anyio.to_thread
@@ -100,7 +100,7 @@ class CompletionWriter:
         kept = [(t, p, likely) for t, p, likely in zip(delta.tokens, delta.logprobs, top) if t not in left_out]
         return self._places(index, kept) if kept else None
 
-    def _places(self, index: int, rows: list[tuple[int, float | None, Top | None]]) -> dict[str, list[Any]]:
+    def _places(self, index: int, rows: Sequence[tuple[int, float | None, Top | None]]) -> dict[str, list[Any]]:
         """OpenAI's form of tokens, their log-probabilities and what is likeliest in their places."""
         offsets = []
         for token, *_ in rows:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import glm45_jax as glm
+from glm45_jax.cli.serve import serving_mesh
 from glm45_jax.errors import UserError
 from glm45_jax.infer.channel import Channel, Connections, Lost, accept, connect, listen, new_token, packed
 from glm45_jax.text import train_tokenizer
@@ -88,6 +89,12 @@ def test_who_does_not_know_the_token_is_sent_away():
             accept(listener, token, [2], 0.2)
 
 
+@pytest.mark.parametrize("text", ["tensor", "tensor=0", "data=2", "tensor=2,tensor=2", "tensor=2,", "tensor=99999", ""])
+def test_meshes_that_are_refused(text):
+    with pytest.raises(UserError, match=r"--mesh|does not divide"):
+        serving_mesh(text)
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +155,7 @@ def test_two_answer_as_one(tmp_path, axes, cache):
         )  # fmt: skip
         assert not any(run.codes(400)), [run.said(i)[-3000:] for i in range(count)]
         found.append(json.loads(file.read_text()))
-    assert found[0]["answers"] == found[1]["answers"] and len(found[0]["answers"]) == 16
+    assert found[0]["answers"] == found[1]["answers"] and len(found[0]["answers"]) == 18
     assert found[1]["stats"]["pages_in_use"] == 0 and found[1]["stats"]["drafts_given"] > 0
 
 

@@ -33,7 +33,8 @@ def answers(engine: Engine) -> list[Any]:
     grammar = engine.grammars.compile(regex_source("(the|cat|dog| )+"))
     likely = engine.submit(PROMPTS[0], 5, grammar=grammar, top_logprobs=3)
     tops = [[token for token, _ in place] for delta in likely for place in delta.top]
-    return [*(one.answer for one in found), likely.result().answer, tops]
+    scored = [[token for token, _ in place] for place in engine.score(PROMPTS[1], 2).top]
+    return [*(one.answer for one in found), likely.result().answer, tops, scored]
 
 
 def main(axes: str, cache: str, file: str) -> None:
