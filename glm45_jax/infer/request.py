@@ -58,6 +58,7 @@ class Request:
     ):
         self.sequence, self.sampling, self.stop_ids, self.text = sequence, sampling, stop_ids, text
         self.constraint, self.top_logprobs = constraint, top_logprobs
+        self.adjusts_logits = sampling.uses_penalties or sampling.bias_ids.shape[1] > 0
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Settings:
     def __init__(self, vocab_size: int):
         self._vocab_size = vocab_size
         self._padding = sampling_params(1, vocab_size)
+        self._last: tuple[Any, SamplingParams] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "glm45-masks")
 
     def close(self) -> None:
@@ -35,23 +36,28 @@ class Settings:
     @staticmethod
     def kind(requests: Sequence[Request]) -> Kind:
         """What the requests of a step ask for."""
-        if any(r.sampling.uses_penalties or r.sampling.bias_ids.shape[1] for r in requests):
+        if any(r.adjusts_logits for r in requests):
             return "all"
         return "masks" if any(r.constraint is not None for r in requests) else "plain"
 
     def sampling(self, requests: Sequence[Request], rows: int, kind: Kind) -> SamplingParams:
-        """The requests' settings, and neutral ones for the rows behind them."""
+        """The requests' settings, and neutral ones for the rows behind them.
+
+        Mostly a step has the requests of the one before: then their settings are kept.
+        """
+        key = tuple(request.sequence.number for request in requests), rows, kind
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._together(requests, rows, MOST_BIASES if kind == "all" else 0)
+        return self._last[1]
+
+    def _together(self, requests: Sequence[Request], rows: int, width: int) -> SamplingParams:
         each = [request.sampling for request in requests] + [self._padding] * (rows - len(requests))
-        width = MOST_BIASES if kind == "all" else 0
-        wide = lambda x, fill: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)  # noqa: E731
-        fields = {}
-        for field in dataclasses.fields(SamplingParams):
-            values = [getattr(s, field.name) for s in each]
-            if field.name in ("bias_ids", "bias_values"):
-                fill = self._vocab_size if field.name == "bias_ids" else 0
-                values = [wide(x, fill) for x in values]
-            fields[field.name] = np.concatenate(values)
-        return SamplingParams(**fields)
+        ids, values = np.full((rows, width), self._vocab_size, np.int32), np.zeros((rows, width), np.float32)
+        for row, one in enumerate(each if width else ()):
+            ids[row, : one.bias_ids.shape[1]], values[row, : one.bias_values.shape[1]] = one.bias_ids, one.bias_values
+        names = [field.name for field in dataclasses.fields(SamplingParams) if not field.name.startswith("bias_")]
+        fields = {name: np.concatenate([getattr(one, name) for one in each]) for name in names}
+        return SamplingParams(**fields, bias_ids=ids, bias_values=values)
 
     def special(
         self, parts: Sequence[Part], requests: Sequence[Request], rows: int, choices: int, kind: Kind
