@@ -93,7 +93,7 @@ class Harness:
 
     examples:
       glm45 eval harness gsm8k --limit 100
-      glm45 eval harness hellaswag arc_easy --completions --tokenizer ./GLM-4.5-Air
+      glm45 eval harness hellaswag arc_easy --completions
     """
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -103,7 +103,8 @@ class Harness:
     completions: bool = False
     """For tasks that compare likelihoods: through /v1/completions, without the chat's template."""
     tokenizer: str | None = None
-    """Of those tasks: the checkpoint's folder, on this machine."""
+    """Of those tasks: the checkpoint's folder, on this machine, read by transformers. Without it the server counts
+    tokens, which takes a request for each text."""
     concurrency: int = 16
     """Requests on their way at a time."""
     limit: int | None = None
@@ -216,19 +217,16 @@ def _base(url: str) -> str:
 # --- lm-evaluation-harness -----------------------------------------------------------------------------------------
 
 
-def harness_command(args: Harness) -> list[str]:
-    """The call of lm_eval.
-
-    Raises:
-      UserError: likelihoods without the tokenizer they need.
-    """
-    if args.completions and args.tokenizer is None:
-        raise UserError("--completions needs --tokenizer, the checkpoint's folder: lm_eval counts tokens itself")
+def harness_command(args: Harness, key: str | None = None) -> list[str]:
+    """The call of lm_eval. `key`: the server's, which lm_eval takes from the environment but for counting tokens."""
     kind = "local-completions" if args.completions else "local-chat-completions"
     route = "completions" if args.completions else "chat/completions"
-    settings = {"model": "default", "base_url": f"{_base(args.url)}/v1/{route}", "num_concurrent": args.concurrency}
-    if args.completions:
+    settings: dict[str, Any] = {"model": "default", "base_url": f"{_base(args.url)}/v1/{route}"}
+    settings["num_concurrent"] = args.concurrency
+    if args.completions and args.tokenizer is not None:
         settings |= {"tokenizer": args.tokenizer, "tokenizer_backend": "huggingface", "tokenized_requests": True}
+    elif args.completions:
+        settings |= {"tokenizer_backend": "remote", "tokenized_requests": True} | ({"auth_token": key} if key else {})
     command = [sys.executable, "-m", "lm_eval", "--model", kind, "--tasks", ",".join(args.tasks)]
     command += ["--model_args", ",".join(f"{k}={v}" for k, v in settings.items())]
     command += [] if args.completions else ["--apply_chat_template"]
@@ -240,5 +238,6 @@ def harness_command(args: Harness) -> list[str]:
 def _harness(args: Harness) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install 'glm45-jax[eval]'")
-    key = os.environ.get("GLM45_API_KEY") or "none"
-    return subprocess.run(harness_command(args), env=os.environ | {"OPENAI_API_KEY": key}, check=False).returncode
+    key = os.environ.get("GLM45_API_KEY")
+    env = os.environ | {"OPENAI_API_KEY": key or "none"}
+    return subprocess.run(harness_command(args, key), env=env, check=False).returncode

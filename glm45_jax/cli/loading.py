@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import zlib
@@ -17,15 +18,19 @@ QuantizeForm = Literal["keep", "int8", "fp8", "int8-block", "fp8-block"]
 
 
 def load_model(
-    checkpoint: str, dtype: str | None = None, quantize: QuantizeForm | None = None
+    checkpoint: str, dtype: str | None = None, quantize: QuantizeForm | None = None, mesh: Any = None
 ) -> tuple[ModelConfig, Any, Tokenizer]:
     """A checkpoint's config, params and tokenizer; says so on a terminal. For `quantize` see `load_checkpoint`.
+
+    Args:
+      mesh: over which the parameters are to lie as serving needs them.
 
     Raises:
       UserError: no such checkpoint, something wrong with it, or no tokenizer beside it.
     """
     from glm45_jax.convert import load_checkpoint
     from glm45_jax.errors import UserError
+    from glm45_jax.parallel import SERVING_RULES
 
     if not Path(checkpoint).exists():
         raise UserError(f"{checkpoint}: no such checkpoint; expected a directory of weights, config and tokenizer")
@@ -33,7 +38,10 @@ def load_model(
     with Console(stderr=True).status(f"loading {checkpoint}"):
         folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
         tokenizer = Tokenizer.load(folder)
-        config, params = load_checkpoint(checkpoint, dtype=dtype, quantize=quantize)
+        rules = None if mesh is None else {name: axes or None for name, *axes in SERVING_RULES}
+        config, params = load_checkpoint(checkpoint, dtype=dtype, mesh=mesh, rules=rules, quantize=quantize)
+    if mesh is not None:
+        config = config.replace(parallel=dataclasses.replace(config.parallel, rules=SERVING_RULES))
     return config, params, tokenizer
 
 

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.model import Params, Ragged, init_pages, mtp_paged_step, paged_step
-from glm45_jax.model.paged import Pages, QuantizedPages
 from glm45_jax.text import Tokenizer
 
 CACHE_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn", "float8_e4m3fn": "float8_e4m3fn"}
@@ -62,19 +61,9 @@ def checked_cache(options: Any) -> Any:
     return dataclasses.replace(options, cache_dtype=dtype, page_size=size)
 
 
-def new_cache(params: Params, config: ModelConfig, options: Any, count: int, tokenizer: Tokenizer | None) -> Pages:
-    """`count` pages as an engine's options (`checked_cache`) say, with their scales measured."""
-    dtype = options.cache_dtype
-    scales = cache_scales(params, config, dtype, tokenizer=tokenizer) if dtype in _LARGEST else None
-    return init_pages(config, count, options.page_size, dtype, scales)
-
-
-def recalibrated(pages: Pages, params: Params, config: ModelConfig, tokenizer: Tokenizer | None) -> Pages:
-    """The pages with the scales of other weights; what they hold is then not to be read any more."""
-    if not isinstance(pages, QuantizedPages):
-        return pages
-    scales = cache_scales(params, config, pages.values.dtype.name, tokenizer=tokenizer)
-    return dataclasses.replace(pages, scales=scales)
+def sample_for(dtype: str | None, config: ModelConfig, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """The tokens by which a cache of this dtype is measured; none where it has no scales."""
+    return _sample(config, tokenizer) if dtype in _LARGEST else []
 
 
 def cache_scales(

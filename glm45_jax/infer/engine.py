@@ -12,60 +12,42 @@ afterwards nothing is compiled, which `stats()["compiled_in_service"]` says.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import threading
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
-from glm45_jax.infer.calibrate import checked_cache, new_cache, recalibrated
+from glm45_jax.infer.calibrate import checked_cache, sample_for
+from glm45_jax.infer.channel import Lost
 from glm45_jax.infer.constraint import Constraints, Place
 from glm45_jax.infer.drafting import Drafting
+from glm45_jax.infer.following import Leading, others_of
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.grammar import Grammar, Grammars
+from glm45_jax.infer.options import EngineOptions
 from glm45_jax.infer.pages import Pages
+from glm45_jax.infer.programs import Outcome, Programs, Sizes
 from glm45_jax.infer.request import Delta, EngineClosed, Request, Top
 from glm45_jax.infer.sampling import SamplingOptions, sampling_params
 from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
-from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings, without_biases
-from glm45_jax.infer.steps import MOST_LIKELIEST, Chosen, Drafted, Likeliest, Reading, choose, draft, likeliest, read
+from glm45_jax.infer.score import Scored, Scores, padded, scores_of
+from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings
+from glm45_jax.infer.steps import MOST_LIKELIEST, Reading
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
 from glm45_jax.model import Params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
-_LEAST_TOKENS = 16  # of a step that reads prompts
-_FEW_ROWS = 4
 _FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """How much is served at once."""
-
-    slots: int = 32
-    """Sequences at work at the same time."""
-    cache_tokens: int = 32768
-    """Tokens for which there is room in the cache, of all sequences together."""
-    page_size: int = 16
-    """Tokens of a page; beginnings are shared by whole pages."""
-    step_tokens: int = 256
-    """Tokens that a step reads at most: prompts are cut into chunks of so many."""
-    drafts: int = 0
-    """Tokens that the MTP layer drafts ahead of each sequence, where it pays; answers stay the same."""
-    cache_dtype: str | None = None
-    """Of keys and values; None: as the model computes; "int8" and "fp8" by `calibrate.py`, in pages of 32 or more."""
-    warm_up: bool = True
-    """Compile all sizes of steps at the start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +56,7 @@ class _Flight:
 
     parts: list[Part]
     requests: list[Request]
-    chosen: Chosen
-    drafted: Drafted | None
-    top: Likeliest | None
+    outcome: Outcome
     began: float
 
 
@@ -101,22 +81,12 @@ class Engine:
     ):
         self.config, self.options, self.tokenizer = config, checked_cache(options or EngineOptions()), tokenizer
         o = self.options
-        for name in ("slots", "cache_tokens", "page_size", "step_tokens"):
-            if getattr(o, name) < 1:
-                raise UserError(f"{name} is {getattr(o, name)}; it must be 1 or more")
-        if o.drafts and not config.has_mtp:
-            raise UserError("this model has no MTP layer to draft with: set drafts to 0")
-        if o.drafts < 0 or o.slots * (1 + o.drafts) > o.step_tokens:
-            raise UserError(
-                f"step_tokens ({o.step_tokens}) must be at least slots ({o.slots}) times (1 + drafts), and drafts "
-                f"({o.drafts}) 0 or more: all decode in one step"
-            )
-        self._params, self._mesh = params, jax.sharding.get_mesh()  # a thread has none of its own
-        self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size)
+        o.check(config)
+        self._mesh = jax.sharding.get_mesh()  # a thread has none of its own
+        self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size, o.prefix_cache)
         self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens, o.drafts)
         self._drafting = Drafting(o.drafts)
         self._width = min(self._pool.count, -(-config.max_position_embeddings // o.page_size))
-        self._vocab_size = np.int32(real_vocab_size(config, tokenizer))
         self._requests: dict[int, Request] = {}
         self._inbox: collections.deque[Any] = collections.deque()
         self._wanted = threading.Condition()
@@ -127,6 +97,7 @@ class Engine:
         self._settings = Settings(config.vocab_size)
         self._constraints = Constraints(tokenizer, config)
         self._ready = threading.Event()
+        self._programs = self._make_programs(params)
         self._thread = threading.Thread(target=self._run, name="glm45-engine", daemon=True)
         self._thread.start()
         self._ready.wait()
@@ -210,6 +181,27 @@ class Engine:
         requests = [self.submit(prompt, max_new_tokens, **of(i)) for i, prompt in enumerate(prompts)]
         return [request.result() for request in requests]
 
+    def score(self, tokens: Seq[int], top_logprobs: int = 0) -> Scores:
+        """How likely a text of two tokens or more is, token by token; between two steps, in one go.
+
+        The first text of a length (in powers of two) waits until that is compiled, and so do all others.
+
+        Raises:
+          UserError: tokens that the model does not have, or more of them than `room`.
+          EngineClosed: the engine is closed.
+        """
+        self._check_alive()
+        ids = check_prompt(tokens, 0, self.config)
+        if not 2 <= len(ids) <= self.room:
+            raise UserError(f"a text of {len(ids)} tokens cannot be scored; expected 2 to {self.room}")
+        if not 0 <= top_logprobs <= MOST_LIKELIEST:
+            raise UserError(f"top_logprobs is {top_logprobs}; it must be 0 to {MOST_LIKELIEST}")
+        future: concurrent.futures.Future[Scored] = concurrent.futures.Future()
+        self._send(("score", padded(ids, self.config.max_position_embeddings), future))
+        while not concurrent.futures.wait([future], 0.1).done:
+            self._check_alive()
+        return scores_of(future.result(), len(ids), top_logprobs)
+
     def update_params(self, params: Params) -> None:
         """Goes on with other weights of the same shapes; no page that the old ones filled is read any more."""
         done = threading.Event()
@@ -243,7 +235,9 @@ class Engine:
         with self._wanted:
             self._closing = True
             self._wanted.notify_all()
-        self._thread.join()
+        while self._failure is None and self._thread.is_alive():
+            self._thread.join(0.2)
+        self._thread.join(5)  # a device that waits for a lost process may wait for ever
 
     def __enter__(self) -> Engine:
         return self
@@ -271,24 +265,39 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            mesh = device_in_force(self._params) if self._mesh.empty else jax.set_mesh(self._mesh)
+            mesh = device_in_force(self._programs.params) if self._mesh.empty else jax.set_mesh(self._mesh)
             with mesh:
                 self._serve()
+            self._programs.close(None)
         except BaseException as error:  # all who wait must be told
-            self._failure = error
+            self._end_all(error)
+            self._programs.close(error)
         finally:
-            self._ready.set()
+            self._end_all(None)
             self._settings.close()
-            with self._wanted:
-                self._closing = True
-                left = [*self._requests.values(), *(m for m in self._inbox if isinstance(m, Request))]
-            for request in left:
-                request.push(Delta(finish_reason="error", error=f"the engine has failed: {self._failure}"))
+
+    def _end_all(self, error: BaseException | None) -> None:
+        """Nothing is answered any more; called by another thread too, when another process is lost."""
+        with self._wanted:
+            self._failure = self._failure or error
+            self._closing = True
+            left = [*self._requests.values(), *(m for m in self._inbox if isinstance(m, Request))]
+            self._wanted.notify_all()
+        for request in left:
+            request.push(Delta(finish_reason="error", error=f"the engine has failed: {self._failure}"))
+        self._ready.set()
+
+    def _make_programs(self, params: Params) -> Programs:
+        o, vocab_size = self.options, real_vocab_size(self.config, self.tokenizer)
+        sample = sample_for(o.cache_dtype, self.config, self.tokenizer)
+        sizes = Sizes(o.slots, self._pool.count + 1, o.page_size, o.cache_dtype, vocab_size, sample)  # a page to spare
+        others = [] if self._mesh.empty else others_of(self._mesh)
+        if others:
+            return Leading(params, self.config, sizes, others, self._end_all)
+        return Programs(params, self.config, sizes)
 
     def _serve(self) -> None:
-        count = self._pool.count + 1  # one to spare
-        self._pages = new_cache(self._params, self.config, self.options, count, self.tokenizer)
-        self._last = jnp.zeros(self.options.slots, jnp.int32)
+        self._programs.prepare()
         if self.options.warm_up:
             self._warm_up()
         self._counts.clear()
@@ -326,16 +335,22 @@ class Engine:
                 if request.sequence.number in self._requests:
                     self._counts["cancelled"] += 1
                     self._end(request, Delta(finish_reason="cancelled"))
+            case ("score", tokens, future):
+                try:
+                    future.set_result(self._programs.score(tokens))
+                except Exception as error:  # too long for the memory: no step is the worse for it
+                    future.set_exception(error)
+                    if isinstance(error, Lost):
+                        raise
             case (params, done):
-                self._params = params
+                self._programs.update(params)
                 self._scheduler.begin_anew()
-                self._pages = recalibrated(self._pages, params, self.config, self.tokenizer)
                 done.set()
 
     def _begin(self, request: Request) -> None:
         sequence, scheduler = request.sequence, self._scheduler
         if not request.sampling.uses_penalties and self._drafting.begins_with_drafts(
-            self._rows(len(scheduler.running) + 1)
+            self.options.rows(len(scheduler.running) + 1)
         ):
             sequence.drafting, sequence.salt = True, b"drafts"
         self._requests[sequence.number] = request
@@ -344,7 +359,7 @@ class Engine:
     def _weigh_drafts(self) -> None:
         """Ends drafting where it does not pay; for good, since the MTP layer will not have read what comes now."""
         running = [s for s in self._scheduler.running if s.drafting]
-        if running and not self._drafting.pays(self._rows(len(self._scheduler.running))):
+        if running and not self._drafting.pays(self.options.rows(len(self._scheduler.running))):
             for sequence in running:
                 if sequence.answered > _FAIR_TRIAL and not sequence.pending:  # else its last token may be a draft
                     sequence.drafting, sequence.drafts = False, []
@@ -357,39 +372,33 @@ class Engine:
         requests = [self._requests[part.sequence.number] for part in parts]
         total, most = sum(part.size for part in parts), self.options.drafts
         most = most if any(part.sequence.drafting for part in parts) else 0
-        rows, tokens = self._size(len(parts), total, most)
+        rows, tokens = self.options.size(len(parts), total, most)
         top = any(request.top_logprobs for request in requests)
-        found = self._step(
-            self._reading(parts, rows, tokens), parts, requests, most, self._settings.kind(requests), top
-        )
+        reading, kind = self._reading(parts, rows, tokens), self._settings.kind(requests)
+        outcome = self._step(reading, parts, requests, most, kind, top)
         self._counts["steps"] += 1
         self._counts["tokens_read"] += total
-        return _Flight(parts, requests, *found, began)
+        return _Flight(parts, requests, outcome, began)
 
     def _reading(self, parts: list[Part], rows: int, tokens: int) -> Reading:
         return Reading(**arrays_of(parts, rows, tokens, self._width, self.options.slots, self._pool.count))
 
     def _step(
         self, reading: Reading, parts: list[Part], requests: list[Request], most: int, kind: Kind, top: bool
-    ) -> tuple[Chosen, Drafted | None, Likeliest | None]:
-        before, drafted, rows, vocab = _compiled(), None, len(reading.lengths), self._vocab_size
-        logits, hidden, self._pages = read(self._params, self.config, self._pages, self._last, reading, most=most)
+    ) -> Outcome:
+        programs, before, rows = self._programs, self._programs.compiled(), len(reading.lengths)
+        programs.read(reading, most)
         sampling = self._settings.sampling(requests, rows, kind)
         special = self._settings.special(parts, requests, rows, 1 + most, kind)  # while the device reads
-        chosen = choose(logits, self._last, sampling, reading, vocab, special)
-        self._last = chosen.last
-        likely = likeliest(logits, vocab) if top else None
-        if hidden is not None:
-            args = self._pages, hidden, chosen.tokens, without_biases(sampling), reading, vocab
-            drafted = draft(self._params, self.config, *args, most=most)
-            self._pages = drafted.pages
-        self._counts["compiled_in_service"] += _compiled() - before
-        return chosen, drafted, likely
+        outcome = programs.choose(sampling, special, top)
+        self._counts["compiled_in_service"] += programs.compiled() - before
+        return outcome
 
     def _finish(self, flight: _Flight) -> None:
         """Hands out what a step has chosen; waits for it."""
-        tokens, logprobs = np.asarray(flight.chosen.tokens), np.asarray(flight.chosen.logprobs)
-        drafted = flight.drafted
+        chosen, drafted, likeliest = flight.outcome
+        tokens, logprobs = np.asarray(chosen.tokens), np.asarray(chosen.logprobs)
+        top = None if likeliest is None else [np.asarray(x) for x in likeliest]
         accepted = np.zeros(len(tokens), int) if drafted is None else np.asarray(drafted.accepted)
         drafts = np.zeros((len(tokens), 0), int) if drafted is None else np.asarray(drafted.tokens)
         for row, (part, request) in enumerate(zip(flight.parts, flight.requests)):
@@ -398,20 +407,11 @@ class Engine:
                 self._drafting.saw(len(part.drafts), held)
                 next_drafts = drafts[row].tolist() if part.sequence.drafting else []
                 new = tokens[row, : held + 1].tolist(), logprobs[row, : held + 1].tolist()
-                self._hand_out(request, *new, next_drafts, self._top(flight, row, held + 1))
+                self._hand_out(request, *new, next_drafts, _top(request, top, row * tokens.shape[1], held + 1))
         now, since = time.monotonic(), max(flight.began, self._finished_at)
         self._finished_at = now
         if all(part.count == 1 for part in flight.parts):
-            self._drafting.timed(self._rows(len(flight.parts)), now - since, drafts=drafted is not None)
-
-    def _top(self, flight: _Flight, row: int, count: int) -> list[Top]:
-        """The likeliest tokens in each of the first places of a row, where its request asks for them."""
-        wanted = flight.requests[row].top_logprobs
-        if not wanted or flight.top is None:
-            return []
-        first = row * flight.chosen.tokens.shape[1]
-        tokens, logprobs = (np.asarray(x[first : first + count, :wanted]).tolist() for x in flight.top)
-        return [tuple(zip(*place)) for place in zip(tokens, logprobs)]
+            self._drafting.timed(self.options.rows(len(flight.parts)), now - since, drafts=drafted is not None)
 
     def _hand_out(
         self, request: Request, tokens: list[int], logprobs: list[float], drafts: list[int], top: list[Top]
@@ -457,42 +457,19 @@ class Engine:
         del self._requests[request.sequence.number]
         request.push(delta)
 
-    # --- sizes -----------------------------------------------------------------------------------------------------
-
-    def _size(self, rows: int, tokens: int, most: int) -> tuple[int, int]:
-        """Rows and tokens of the program that a step takes."""
-        n, r = min((n, r) for r, n in self._sizes(most) if r >= rows and n >= tokens)
-        return r, n
-
-    def _rows(self, rows: int) -> int:
-        return next(r for r in _doubling(1, self.options.slots) if r >= min(rows, self.options.slots))
-
-    def _sizes(self, most: int) -> Iterator[tuple[int, int]]:
-        """For decoding as many tokens as rows and their drafts; for prompts few rows or all."""
-        slots, last = self.options.slots, self.options.step_tokens
-        for rows in _doubling(1, slots):
-            yield rows, rows * (1 + most)
-        for tokens in _doubling(_LEAST_TOKENS, last) if last > _LEAST_TOKENS else (last,):
-            for rows in sorted({min(_FEW_ROWS, slots), slots}):
-                if tokens > rows * (1 + most) or tokens == last:
-                    yield rows, tokens
-
     def _warm_up(self) -> None:
         for most in sorted({0, self.options.drafts}):
-            for rows, tokens in self._sizes(most):
+            for rows, tokens in self.options.sizes(most):
                 for kind in KINDS:
                     self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
         self._constraints.prepare()
-        jax.block_until_ready(self._pages)
+        self._programs.wait()
 
 
-def _compiled() -> int:
-    return sum(f._cache_size() for f in (read, choose, draft, likeliest))  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _doubling(first: int, last: int) -> Iterator[int]:
-    """Powers of two times `first` below `last`, and `last`."""
-    while first < last:
-        yield first
-        first *= 2
-    yield last
+def _top(request: Request, top: list[np.ndarray] | None, first: int, count: int) -> list[Top]:
+    """The likeliest tokens in `count` places of a step's, where their request asks for them."""
+    wanted = request.top_logprobs
+    if not wanted or top is None:
+        return []
+    tokens, logprobs = (x[first : first + count, :wanted].tolist() for x in top)
+    return [tuple(zip(*place)) for place in zip(tokens, logprobs)]

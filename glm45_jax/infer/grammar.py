@@ -23,6 +23,7 @@ from glm45_jax.text.byte_level import token_to_bytes
 MOST_SOURCE = 1 << 18  # bytes of a source
 MOST_DEPTH = 64  # of a schema
 MOST_VALUES = 10_000  # of a schema
+MOST_PROPERTIES = 2000  # of an object; of several, the squares' sum is bounded: so does the time to compile them grow
 MOST_REGEX = 4096  # characters
 MOST_CHOICES = 1024
 _MOST_MULTIPLE = 2000  # digits of a multipleOf as a number: so many states does its automaton have
@@ -61,7 +62,7 @@ def guided(schema: Mapping[str, Any], strict: bool = True) -> dict[str, Any]:
 def check_schema_size(schema: Mapping[str, Any]) -> None:
     """Raises `UserError` for a schema too large, too deep, or with settings of the compiler's."""
     todo: list[tuple[Any, int]] = [(schema, 0)]
-    count = 0
+    count = squares = 0
     while todo:
         value, depth = todo.pop()
         count += 1
@@ -71,6 +72,11 @@ def check_schema_size(schema: Mapping[str, Any]) -> None:
             raise UserError(f"the schema nests values deeper than {MOST_DEPTH}")
         if isinstance(value, Mapping):
             _check_multiple(value.get("multipleOf"))
+            squares += len(value) ** 2  # `properties` among them, by whatever way it is reached
+            if squares > MOST_PROPERTIES**2:
+                raise UserError(
+                    f"the schema's objects have more than {MOST_PROPERTIES} properties, or many almost so many"
+                )
             todo += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list):
             todo += [(item, depth + 1) for item in value]

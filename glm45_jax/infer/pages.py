@@ -17,12 +17,15 @@ import numpy as np
 class Pages:
     """The pages 0 to `count` - 1, each of `page_size` tokens.
 
+    Args:
+      shared: whether beginnings are remembered at all.
+
     Attributes:
       hits, asked: tokens of prompts that were found in pages, and all that were looked for.
     """
 
-    def __init__(self, count: int, page_size: int):
-        self.count, self.page_size = count, page_size
+    def __init__(self, count: int, page_size: int, shared: bool = True):
+        self.count, self.page_size, self._shared = count, page_size, shared
         self.hits = self.asked = 0
         self._users = [0] * count
         self._free = list(range(count - 1, -1, -1))
@@ -62,7 +65,7 @@ class Pages:
 
     def know(self, page: int, digest: bytes) -> None:
         """A page of the caller's is full. Where another one holds the same, that one stays the known one."""
-        if digest not in self._page_of and page not in self._digest_of:
+        if self._shared and digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest], self._digest_of[page] = page, digest
 
     def release(self, pages: Iterable[int]) -> None:

@@ -10,15 +10,17 @@ have, V vocabulary, D model.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.infer.sampling import SamplingParams, TokenCounts, sample
 from glm45_jax.model import Params
+from glm45_jax.model.over_mesh import mesh_in_force
 from glm45_jax.model.paged import Ragged, mtp_paged_step, paged_step
 
 MOST_LIKELIEST = 20  # tokens whose log-probabilities a request may ask for
@@ -107,7 +109,7 @@ def choose(
     tokens, logprobs = (
         x.reshape(rows, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
     )
-    return Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop"))
+    return whole_everywhere(Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop")))
 
 
 @jax.jit
@@ -115,7 +117,7 @@ def likeliest(logits: Float[Array, "W V"], vocab_size: Int[Array, ""]) -> Likeli
     """What could have been chosen, for requests that ask for it: of `MOST_LIKELIEST` tokens, or of all there are."""
     real = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
     values, tokens = jax.lax.top_k(real, min(MOST_LIKELIEST, logits.shape[1]))
-    return Likeliest(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return whole_everywhere(Likeliest(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")
@@ -154,7 +156,17 @@ def draft(
         step = mtp_paged_step(params, config, step.pages, batch, h, every[:-1])
         h = step.hidden
         drafts.append(sample(step.logits, sampling, position + 1 + i, None, vocab_size)[0])
-    return Drafted(accepted, jnp.stack(drafts, axis=1), step.pages)
+    accepted, found = whole_everywhere((accepted, jnp.stack(drafts, axis=1)))
+    return Drafted(accepted, found, step.pages)
+
+
+def whole_everywhere(tree: Any) -> Any:
+    """Whole on every device of the mesh in force: any process may read it."""
+    mesh = mesh_in_force()
+    if mesh is None:
+        return tree
+    put = jax.sharding.reshard if AxisType.Explicit in mesh.axis_types else jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def _last_place(reading: Reading) -> Int[Array, " R"]:

@@ -68,7 +68,7 @@ class Answers:
         self.requests: list[Request] = []
         self._asked = asked
         try:
-            for number in range(asked.answers):
+            for number in range(asked.begun):
                 seed, prompt = (asked.seed + number) % 2**32, asked.prompts[number // asked.n]
                 self.requests.append(engine.submit(prompt, seed=seed, **asked.submit))
         except EngineClosed as error:

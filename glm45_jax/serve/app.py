@@ -33,7 +33,7 @@ from glm45_jax.serve.responses import ResponseWriter
 from glm45_jax.serve.responses_asked import read_response
 from glm45_jax.serve.service import Service
 from glm45_jax.serve.stored import Store
-from glm45_jax.serve.tokens import detokenize, tokenize
+from glm45_jax.serve.tokens import detokenize, tokenize, tokenizer_info
 
 
 class App:
@@ -47,6 +47,7 @@ class App:
       UserError: the engine has no tokenizer.
 
     Attributes:
+      engine: the engine.
       gate: set `gate.draining` and new requests get status 503.
     """
 
@@ -54,7 +55,7 @@ class App:
         self.options = options = options or ServeOptions()
         if engine.tokenizer is None:
             raise UserError("the engine needs its tokenizer: Engine(..., tokenizer=tokenizer)")
-        model = Model(name, engine, engine.tokenizer, options)
+        self.engine, model = engine, Model(name, engine, engine.tokenizer, options)
         self.gate = Gate(engine.options.slots + options.queue)
         service, metrics = Service(model, self.gate), Metrics(engine, self.gate)
         store = Store(options.store_bytes)
@@ -134,6 +135,9 @@ def _about(service: Service, metrics: Metrics) -> list[Route]:
         is_ready = _works(service) and not service.gate.draining
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
+    async def info(request: Request) -> Response:
+        return JSONResponse(tokenizer_info(service.model))
+
     async def scrape(request: Request) -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -144,6 +148,7 @@ def _about(service: Service, metrics: Metrics) -> list[Route]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", scrape),
+        Route("/tokenizer_info", info),
     ]
 
 

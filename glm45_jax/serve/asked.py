@@ -64,6 +64,11 @@ class Asked:
     def answers(self) -> int:
         return len(self.prompts) * self.n
 
+    @property
+    def begun(self) -> int:
+        """Those that the engine is to give."""
+        return self.answers
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatAsked(Asked):
@@ -80,6 +85,23 @@ class ChatAsked(Asked):
     calls: bool
     parallel: bool
     thinking: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionAsked(Asked):
+    """A request to continue texts.
+
+    Attributes:
+      echo: the answer begins with the prompt, and its log-probabilities with the prompt's.
+      goes_on: False: with the prompt alone.
+    """
+
+    echo: bool
+    goes_on: bool
+
+    @property
+    def begun(self) -> int:
+        return self.answers if self.goes_on else 0
 
 
 def read_chat(model: Model, body: bytes) -> ChatAsked:
@@ -105,17 +127,19 @@ def chat_of(model: Model, fields: Fields) -> ChatAsked:
     return ChatAsked(**common, logprobs=wanted, tools=talk.tools, calls=calls, parallel=parallel, thinking=inside)
 
 
-def read_completion(model: Model, body: bytes) -> Asked:
+def read_completion(model: Model, body: bytes) -> CompletionAsked:
     """A body of POST /v1/completions. Raises `ApiError`."""
     fields = Fields(read_json(body))
     prompts = _prompts(model, fields)
-    for name, neutral in (("echo", False), ("suffix", ""), ("best_of", fields.get("n", 1))):
+    for name, neutral in (("suffix", ""), ("best_of", fields.get("n", 1))):
         if fields.get(name, neutral) != neutral:
             raise fields.wrong(name, "not supported", "unsupported")
     wanted, top = fields.get("logprobs") is not None, fields.integer("logprobs", 0, 0, MOST_LIKELIEST)
     submit = compiled(model, read_structure(fields), None, ToolChoice("none"), True)
-    most = fields.integer("max_tokens", 16, 1, model.options.max_tokens)
-    return Asked(**_common(model, fields, prompts, most, top, submit), logprobs=wanted)
+    echo = fields.boolean("echo")
+    most = fields.integer("max_tokens", 16, 0 if echo else 1, model.options.max_tokens)
+    common = _common(model, fields, prompts, max(most, 1), top, submit)
+    return CompletionAsked(**common, logprobs=wanted, echo=echo, goes_on=most > 0)
 
 
 def read_messages(model: Model, fields: Fields) -> list[int]:

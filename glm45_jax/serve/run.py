@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from glm45_jax.errors import UserError
 from glm45_jax.serve.app import App
 
+_LAST_WORDS = 5.0  # seconds for telling those who wait that the engine has failed
+
 
 def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
     """Takes a port, before a model is loaded for nothing; clients are let in when `run` is called.
@@ -38,6 +40,9 @@ def run(app: App, listener: socket.socket | None = None) -> None:
 
     Args:
       listener: what `bind` gives; without it, port 8000 of this machine alone.
+
+    Raises:
+      UserError: the engine has failed; all who waited have been told.
     """
     options = app.options
 
@@ -51,14 +56,17 @@ def run(app: App, listener: socket.socket | None = None) -> None:
     )  # fmt: skip
     with listener or bind() as listener:
         _Server(config, app).run(sockets=[listener])
+    if app.engine.failure is not None:
+        raise UserError(f"the engine has failed: {app.engine.failure}") from app.engine.failure
 
 
 class _Server(uvicorn.Server):
-    """Ends when told by a signal and no request is left; at once when told twice."""
+    """Ends when told by a signal, or the engine has failed, and no request is left; at once when told twice."""
 
     def __init__(self, config: uvicorn.Config, app: App):
         super().__init__(config)
         self._gate, self._drain_seconds, self._told = app.gate, app.options.drain_seconds, 0.0
+        self._engine = app.engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gate.draining:
@@ -67,6 +75,8 @@ class _Server(uvicorn.Server):
             self._gate.draining, self._told = True, time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
+        if self._engine.failure is not None and not self._gate.draining:
+            self._gate.draining, self._told, self._drain_seconds = True, time.monotonic(), _LAST_WORDS
         if self._gate.draining:
             too_long = time.monotonic() - self._told > self._drain_seconds
             self.should_exit = self.should_exit or not self._gate.inside or too_long

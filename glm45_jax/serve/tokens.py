@@ -1,4 +1,4 @@
-"""Single tokens shown to clients, and POST /tokenize, POST /detokenize."""
+"""Single tokens shown to clients, and POST /tokenize, POST /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def detokenize(model: Model, body: bytes) -> dict[str, Any]:
     if len(tokens) > _MOST or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
         raise fields.wrong("tokens", f"expected a list of at most {_MOST} token ids")
     return {"prompt": model.tokenizer.decode(tokens)}
+
+
+def tokenizer_info(model: Model) -> dict[str, Any]:
+    """What clients that count tokens by the two routes above ask besides; the names are vLLM's."""
+    end = model.tokenizer.backend.id_to_token(model.stop_ids[0]) if model.stop_ids else None
+    template = model.tokenizer.chat_template
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": end, "pad_token": end,
+        "chat_template": template if "{" in template else None, "vocab_size": model.tokenizer.vocab_size,
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Several processes that train together: how they find each other, what they agree on, and how all end when one fails.
+"""Several processes that train or serve together: how they meet, what they agree on, and how all end when one fails.
 
 On TPU and GPU hosts each process drives its own devices; on CPU (gloo) several on one machine do for tests. A process
 that fails says so to the others through jax's coordination service, and all leave at once: a collective that waits for
@@ -27,12 +27,14 @@ import jax
 import numpy as np
 
 from glm45_jax.errors import UserError
+from glm45_jax.parallel.processes import client
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _FAILURE = "glm45_jax/failure"  # key in the coordination service
 _LOOK_EVERY = 1.0  # seconds
 _OF_OTHERS = ("Gloo", "gloo", "NCCL", "peer", "heartbeat", "Barrier", "barrier")  # in errors of a broken collective
 _LINGER = 3.0  # seconds
+_THEN = "the same command, given to every process, goes on from the newest checkpoint"
 _NOT_ALL = (
     "Is every process started, each with its own process_id, and the address of process 0 free there and reachable "
     "from here?"
@@ -215,11 +217,14 @@ def lost_another(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def ending_together(config: DistributedConfig) -> Iterator[None]:
+def ending_together(config: DistributedConfig, then: str = _THEN) -> Iterator[None]:
     """Joins the other processes; inside, the failure of one ends all of them at once, each with a message.
 
     For a program's outermost level: with several processes an exception that leaves the body does not come out, the
     process exits (2 after a `UserError`, 130 after Ctrl-C, else 1).
+
+    Args:
+      then: what the message of the one that failed ends with.
     """
     initialize(config)
     if not jax.distributed.is_initialized():
@@ -232,7 +237,7 @@ def ending_together(config: DistributedConfig) -> Iterator[None]:
         yield
     except BaseException as error:
         over.set()
-        _leave(error)
+        _leave(error, then)
     over.set()
     watch.join()
 
@@ -244,7 +249,7 @@ def _watch(over: threading.Event) -> None:
             _exit(1, f"{_who()} ends, because {reason}")
 
 
-def _leave(error: BaseException) -> NoReturn:
+def _leave(error: BaseException, then: str) -> NoReturn:
     """Tells the others why and ends, past the barrier that waits for all."""
     earlier = _read_failure()
     if earlier is not None:
@@ -260,7 +265,7 @@ def _leave(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     _write_failure(f"{_who()} {reason}")
     _say(f"{_who()} {reason}")
-    _exit(code, "the same command, given to every process, goes on from the newest checkpoint")
+    _exit(code, then)
 
 
 def _exit(code: int, text: str) -> NoReturn:
@@ -275,19 +280,13 @@ def _who() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
-def _client() -> Any:
-    from jax._src import distributed  # jax has no public way to its key-value store; Orbax goes this way too
-
-    return distributed.global_state.client
-
-
 def _read_failure() -> str | None:
     try:
-        return _client().key_value_try_get(_FAILURE)
+        return client().key_value_try_get(_FAILURE)
     except Exception:  # no such key, or the coordinator is gone, which jax itself notices
         return None
 
 
 def _write_failure(reason: str) -> None:
     with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
-        _client().key_value_set(_FAILURE, reason)
+        client().key_value_set(_FAILURE, reason)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import glm45_jax.infer.generate  # noqa: F401
-from glm45_jax.infer import engine, loop, steps
+from glm45_jax.infer import loop, programs, steps
 from tests.support import quick_jit
 
 generate_module = sys.modules["glm45_jax.infer.generate"]  # its name in the package is the function's
@@ -24,6 +24,6 @@ def quick_programs() -> Iterator[None]:
         for name in ("read", "draft"):
             function = getattr(steps, name).__wrapped__
             jitted = quick_jit(function, static_argnames=("config", "most"), donate_argnames="pages")
-            patch.setattr(engine, name, jitted)
-        patch.setattr(engine, "choose", quick_jit(steps.choose.__wrapped__))
+            patch.setattr(programs, name, jitted)
+        patch.setattr(programs, "choose", quick_jit(steps.choose.__wrapped__))
         yield

@@ -122,7 +122,8 @@ def test_bodies_that_are_no_request(app, body) -> None:
     [
         {}, {"prompt": 5}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [1, "a"]}, {"prompt": [True]}, {"prompt": ""},
         {"prompt": [-1]}, {"prompt": [10**12]}, {"prompt": [500]}, {"prompt": ["a"] * 65},
-        {"prompt": "a", "echo": True}, {"prompt": "a", "suffix": "b"}, {"prompt": "a", "best_of": 2},
+        {"prompt": "a", "echo": 1}, {"prompt": "a", "max_tokens": 0}, {"prompt": "a", "suffix": "b"},
+        {"prompt": "a", "best_of": 2},
         {"prompt": "a", "logprobs": 21}, {"prompt": "a", "guided_regex": "(("},
         {"prompt": ["a"] * 64, "n": 2}, {"prompt": "\udc00"},
     ],
