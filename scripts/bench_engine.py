@@ -104,20 +104,20 @@ def bare_step(engine: Any, slots: int, length: int, repeats: int = 20) -> float:
 
     from glm45_jax.parallel import device_in_force
 
-    rows, tokens = engine._size(slots, slots, 0)
+    rows, tokens = engine.options.size(slots, slots, 0)
     reading = engine._reading([], rows, tokens)
     pages = np.arange(reading.page_table.size, dtype=np.int32).reshape(reading.page_table.shape) % engine._pool.count
     live = np.arange(rows + 1, dtype=np.int32)
     reading = reading._replace(
         starts=live, lengths=np.full(rows, length, np.int32), page_table=pages, num_rows=np.int32(rows)
     )
-    chosen, times = None, []
+    outcome, times = None, []
     for _ in range(3):
         began = time.monotonic()
-        with device_in_force(engine._params):  # as in the engine's thread
+        with device_in_force(engine._programs.params):  # as in the engine's thread
             for _ in range(repeats):
-                chosen, *_ = engine._step(reading, [], [], 0, "plain", top=False)
-        jax.block_until_ready(chosen)
+                outcome = engine._step(reading, [], [], 0, "plain", top=False)
+        jax.block_until_ready(outcome)
         times.append((time.monotonic() - began) / repeats)
     return statistics.median(times)
 
