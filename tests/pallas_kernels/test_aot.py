@@ -159,8 +159,8 @@ def model_step(name: str):
         "tiny", hidden_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=128, intermediate_size=256,
         moe_intermediate_size=128, vocab_size=512, dtype="bfloat16", param_dtype="bfloat16", remat="full",
     )  # fmt: skip
-    params, tokens = glm.abstract_params(config), jax.ShapeDtypeStruct((2, 256), jnp.int32)
-    cache = jax.eval_shape(lambda: glm.init_cache(config, 2, 256))
+    params, tokens = glm.abstract_params(config), jax.ShapeDtypeStruct((2, 512), jnp.int32)  # more than "few tokens"
+    cache = jax.eval_shape(lambda: glm.init_cache(config, 2, 512))
     if name == "train":
         loss = lambda params, tokens: glm.loss_fn(params, config, {"tokens": tokens})[0]  # noqa: E731
         return jax.grad(loss), (params, tokens)
