@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import zlib
 from pathlib import Path
@@ -59,11 +58,11 @@ def use_compilation_cache() -> None:
 
 def _cache_folder() -> Path:
     """Apart for each kind of CPU: programs for one may not run on another that shares the home directory."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    root = Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache"
+    from pallas_kernels.native import cache_folder
+
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     except OSError:
         features = platform.processor()
-    return root / "glm45_jax" / f"xla-{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    return cache_folder() / f"xla-{platform.machine()}-{zlib.crc32(features.encode()):08x}"

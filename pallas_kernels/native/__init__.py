@@ -60,13 +60,19 @@ def available() -> bool:
     return True
 
 
+def cache_folder() -> Path:
+    """Where what is compiled is kept between runs."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "glm45_jax"
+
+
 def _built() -> Path:
     """The compiled library, from the cache or made now: whole or not at all."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotImplementedError("no C++ compiler was found")
     sources = sorted(_FOLDER.glob("*.cc"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm45_jax"
+    cache = cache_folder()
     library = cache / f"native-{_fingerprint(compiler)}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
