@@ -99,7 +99,7 @@ inline void tile(const float* const* a, const T* w, int64_t stride, int64_t size
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       b[n] = load(w + n * stride + k);
-      if (M <= 2) __builtin_prefetch(w + (n + N) * stride + k);
+      __builtin_prefetch(w + (n + N) * stride + k);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
