@@ -99,11 +99,11 @@ def test_serving_over_a_quantised_cache(params, dtype):
 def test_other_weights_bring_their_own_scales(params):
     other = jax.tree.map(lambda x: x * 3, random_params(CONFIG, seed=8))
     with Engine(params, CONFIG, options=dataclasses.replace(OPTIONS, cache_dtype="int8")) as engine:
-        before = engine._pages.scales
+        before = engine._programs._pages.scales
         assert engine.options.page_size == 32
         engine.update_params(other)
         found = engine.generate_batch(PROMPTS, 6, stop_ids=())
-        assert not np.allclose(before, engine._pages.scales)
+        assert not np.allclose(before, engine._programs._pages.scales)
     with Engine(other, CONFIG, options=dataclasses.replace(OPTIONS, cache_dtype="int8")) as engine:
         assert [f.answer for f in engine.generate_batch(PROMPTS, 6, stop_ids=())] == [f.answer for f in found]
 
