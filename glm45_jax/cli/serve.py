@@ -159,7 +159,7 @@ def _lead(args: Serve, mesh: Any) -> None:
     )  # fmt: skip
     with bind(args.host, args.port) as listener:
         config, params, tokenizer = load_model(args.checkpoint, args.dtype, args.quantize, mesh)
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)  # a library may have been first
         logging.getLogger("glm45_jax.serve").setLevel(logging.INFO)
         notes = Console(stderr=True, soft_wrap=True)
         with notes.status("starting; the first time, compiling"):
