@@ -76,11 +76,7 @@ def main(args: Serve) -> int:
     key = args.api_key or os.environ.get("GLM45_API_KEY")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("requests", total=load.requests)
-        seen, seconds = asyncio.run(
-            loads.run(
-                load, args.url.rstrip("/").removesuffix("/v1"), api_key=key, on_end=lambda _: progress.advance(bar)
-            )
-        )
+        seen, seconds = asyncio.run(loads.run(load, args.url, api_key=key, on_end=lambda _: progress.advance(bar)))
     figures = loads.summary(seen, seconds, first_limit=args.first_limit, token_limit=args.token_limit)
     if args.plot:
         _plot(seen, args.plot)

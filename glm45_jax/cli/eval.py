@@ -191,7 +191,7 @@ def _exact(args: Exact) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("questions", total=len(questions))
         work = examine(
-            questions, _base(args.url), match=args.match, fields=fields, concurrency=args.concurrency,
+            questions, args.url, match=args.match, fields=fields, concurrency=args.concurrency,
             api_key=args.api_key or os.environ.get("GLM45_API_KEY"), on_end=lambda _: progress.advance(bar),
         )  # fmt: skip
         answers = asyncio.run(work)
@@ -210,10 +210,6 @@ def _exact(args: Exact) -> int:
     return 1 if failed else 0
 
 
-def _base(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")
-
-
 # --- lm-evaluation-harness -----------------------------------------------------------------------------------------
 
 
@@ -221,7 +217,10 @@ def harness_command(args: Harness, key: str | None = None) -> list[str]:
     """The call of lm_eval. `key`: the server's, which lm_eval takes from the environment but for counting tokens."""
     kind = "local-completions" if args.completions else "local-chat-completions"
     route = "completions" if args.completions else "chat/completions"
-    settings: dict[str, Any] = {"model": "default", "base_url": f"{_base(args.url)}/v1/{route}"}
+    settings: dict[str, Any] = {
+        "model": "default",
+        "base_url": f"{args.url.rstrip('/').removesuffix('/v1')}/v1/{route}",
+    }
     settings["num_concurrent"] = args.concurrency
     if args.completions and args.tokenizer is not None:
         settings |= {"tokenizer": args.tokenizer, "tokenizer_backend": "huggingface", "tokenized_requests": True}

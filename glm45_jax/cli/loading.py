@@ -58,11 +58,6 @@ def use_compilation_cache() -> None:
 
 def _cache_folder() -> Path:
     """Apart for each kind of CPU: programs for one may not run on another that shares the home directory."""
-    from pallas_kernels.native import cache_folder
+    from pallas_kernels.native import cache_folder, processor
 
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    except OSError:
-        features = platform.processor()
-    return cache_folder() / f"xla-{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    return cache_folder() / f"xla-{platform.machine()}-{zlib.crc32(processor().encode()):08x}"

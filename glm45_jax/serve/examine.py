@@ -14,6 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from glm45_jax.errors import UserError
+from glm45_jax.serve.client import connect
 
 Match = Literal["exact", "number", "contains"]
 
@@ -106,7 +107,6 @@ async def examine(
     Args:
       fields: of the request besides messages, such as max_tokens and temperature.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     room = asyncio.Semaphore(concurrency)
 
     async def one(question: Question) -> Answer:
@@ -116,7 +116,7 @@ async def examine(
             on_end(answer)
         return answer
 
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None) as client:
+    async with connect(url, api_key, timeout=None) as client:
         return [*await asyncio.gather(*map(one, questions))]
 
 

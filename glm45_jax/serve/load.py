@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from glm45_jax.errors import UserError
+from glm45_jax.serve.client import connect
 
 _WORDS = "the cat sat on a mat while seven green boats went by and nobody said what time it was, or where to go next"
 
@@ -107,10 +108,9 @@ async def run(
     Raises:
       UserError: no such server, or it serves no model.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=load.concurrency)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as client:
-        model = await _model(client, url)
+    async with connect(url, api_key, timeout=timeout, limits=limits) as client:
+        model = await _model(client)
         planned = draw(load, await _pool(client))
         room, start = asyncio.Semaphore(load.requests if load.rate else load.concurrency), time.monotonic()
 
@@ -127,13 +127,14 @@ async def run(
         return seen, time.monotonic() - start
 
 
-async def _model(client: httpx.AsyncClient, url: str) -> str:
+async def _model(client: httpx.AsyncClient) -> str:
     try:
         response = await client.get("/v1/models")
         response.raise_for_status()
         return response.json()["data"][0]["id"]
     except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise UserError(f"no server answers at {url}/v1/models: {error}; start one with `glm45 serve`") from error
+        where = f"{str(client.base_url).rstrip('/')}/v1/models"
+        raise UserError(f"no server answers at {where}: {error}; start one with `glm45 serve`") from error
 
 
 async def _pool(client: httpx.AsyncClient) -> list[int] | list[str]:

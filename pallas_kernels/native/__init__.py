@@ -86,12 +86,13 @@ def _built() -> Path:
 
 def _fingerprint(compiler: str) -> str:
     """Of all that decides what is compiled, the processor too: homes are shared between machines."""
-    parts = [compiler, *_FLAGS, jax.lib.__version__, platform.machine(), _processor()]
+    parts = [compiler, *_FLAGS, jax.lib.__version__, platform.machine(), processor()]
     parts += [file.read_text() for file in sorted([*_FOLDER.glob("*.cc"), *_FOLDER.glob("*.h")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What tells this machine's kind of processor from others that share its home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
