@@ -10,6 +10,7 @@ from glm45_jax.infer import Engine, EngineOptions
 from glm45_jax.serve import App, ServeOptions
 from glm45_jax.text import Tokenizer, train_tokenizer
 from tests.infer.conftest import quick_programs  # noqa: F401
+from tests.serve.served import Served, served, served_script
 from tests.support import random_params, small_config
 
 SIZES = EngineOptions(slots=4, cache_tokens=4096, page_size=8, step_tokens=64, cache_dtype="float32", warm_up=False)
@@ -34,3 +35,17 @@ def engine(tokenizer) -> Iterator[Engine]:
 @pytest.fixture(scope="package")
 def app(engine) -> App:
     return App(engine, "small", ServeOptions(queue=60, max_tokens=4096))
+
+
+@pytest.fixture(scope="module")
+def script(engine) -> Iterator[Served]:
+    """A server that says what it is told to."""
+    with served_script(engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def small(engine) -> Iterator[Served]:
+    """A server whose model is random."""
+    with served(engine, "small") as server:
+        yield server

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.serve.served import KEY, Opened, Served, eventually, served, served_script
+from tests.serve.served import KEY, Opened, Served, eventually, served
 from tests.serve.test_chat import CALL, TWO
 from tests.serve.test_messages import HELLO, WEATHER
 
 anthropic = pytest.importorskip("anthropic")
 
 THINK = {"type": "enabled", "budget_tokens": 1024}
-
-
-@pytest.fixture(scope="module")
-def script(engine) -> Iterator[Served]:
-    with served_script(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def small(engine) -> Iterator[Served]:
-    with served(engine, "small") as server:
-        yield server
 
 
 def client_of(server: Served, **options: Any) -> Any:

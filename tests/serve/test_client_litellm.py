@@ -5,30 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.serve.served import KEY, Served, eventually, served, served_script
+from tests.serve.served import KEY, Served, eventually
 from tests.serve.support import HELLO, WEATHER
 from tests.serve.test_chat import CALL, TWO
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it looks for prices elsewhere
 litellm = pytest.importorskip("litellm", reason="litellm is not installed: pip install 'glm45-jax[clients]'")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def script(engine) -> Iterator[Served]:
-    with served_script(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def small(engine) -> Iterator[Served]:
-    with served(engine, "small") as server:
-        yield server
 
 
 @pytest.fixture(params=["openai", "anthropic"])

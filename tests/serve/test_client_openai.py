@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 
-from tests.serve.served import KEY, Opened, Served, eventually, served, served_script
+from tests.serve.served import KEY, Opened, Served, eventually, served
 from tests.serve.support import HELLO, WEATHER
 from tests.serve.test_chat import CALL, TWO
 
@@ -25,18 +24,6 @@ class City(pydantic.BaseModel):
 
     size: Literal["small", "large"]
     capital: bool
-
-
-@pytest.fixture(scope="module")
-def script(engine) -> Iterator[Served]:
-    with served_script(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def small(engine) -> Iterator[Served]:
-    with served(engine, "small") as server:
-        yield server
 
 
 def client_of(server: Served, **options: Any) -> Any:
