@@ -16,10 +16,7 @@ import functools
 import importlib
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tyro
 from circumstances import circumstances, write_figures
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examined, guided, guided_apart
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -302,53 +300,16 @@ class Proof:
 
 
 def fuzz(folder: str, seconds: float) -> None:
-    """Coverage-guided: runs libFuzzer in this process, which ends with it."""
-    import atheris  # pyright: ignore[reportMissingImports]
-
-    for index, seed in enumerate(seeds()):
-        (Path(folder) / f"seed{index}").write_bytes(seed)
+    """Coverage-guided, in this process, which ends with it."""
     http()
-    options = [f"-max_total_time={seconds:.0f}", "-max_len=400", "-timeout=20", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/", folder], check_bytes)
-    atheris.Fuzz()
+    guided(folder, seeds(), check_bytes, seconds, longest=400, timeout=20)
 
 
 def fuzzed(seconds: float) -> dict[str, Any]:
     """Runs `fuzz` in a process of its own; raises with its output if it found something."""
-    with tempfile.TemporaryDirectory() as folder:
-        watched = ["glm45_jax.serve", "glm45_jax.text.messages", "glm45_jax.text.chat", "glm45_jax.text.parsing"]
-        code = (
-            f"import atheris\nwith atheris.instrument_imports(include={watched!r}):\n    import prove_http\n"
-            f"prove_http.fuzz({folder!r}, {seconds})"
-        )
-        command, here = [sys.executable, "-c", code], Path(__file__).parent
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, errors="replace")
-        output = done.stdout + done.stderr
-        found = re.findall(r"cov: (\d+) ft: (\d+)", output)
-        if done.returncode != 0 or not found:
-            raise SystemExit(output[-5000:])
-        kept = len(list(Path(folder).iterdir()))
-    runs = re.findall(r"stat::number_of_executed_units: (\d+)", output)[-1]
-    return {
-        "engine": "atheris", "inputs": int(runs), "branches": int(found[-1][0]), "features": int(found[-1][1]),
-        "kept": kept, "failures": 0,
-    }  # fmt: skip
-
-
-def examined(strategy: st.SearchStrategy[Any], test: Callable[[Any], Any], seconds: float) -> int:
-    """How many examples of `strategy` passed in that time; raises at the first that does not."""
-    end, count = time.monotonic() + seconds, 0
-
-    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategy)
-    def run(example: Any) -> None:
-        nonlocal count
-        count += 1
-        test(example)
-
-    while time.monotonic() < end:
-        run()
-    return count
+    watched = ["glm45_jax.serve", "glm45_jax.text.messages", "glm45_jax.text.chat", "glm45_jax.text.parsing"]
+    instrumented = f"import atheris\nwith atheris.instrument_imports(include={watched!r}):\n    import prove_http\n"
+    return guided_apart(lambda folder: f"{instrumented}prove_http.fuzz({folder!r}, {seconds})")
 
 
 def main() -> None:
@@ -364,12 +325,14 @@ def main() -> None:
         name: [round(seconds_for(name, size) * 1e3, 1) for size in sizes] for name in HOSTILE
     }
     console.print("times", figures)
-    figures["requests with some fields replaced"] = examined(requests(), lambda one: check(*one), args.seconds / 10)
+    figures["requests with some fields replaced"] = examined(
+        requests(), lambda one: check(*one), args.seconds / 10, list(HealthCheck)
+    )
     console.print("requests", figures["requests with some fields replaced"])
     if has_atheris:
         figures["fuzzing"] = fuzzed(args.seconds)
     else:
-        inputs = examined(st.binary(max_size=400), check_bytes, args.seconds)
+        inputs = examined(st.binary(max_size=400), check_bytes, args.seconds, list(HealthCheck))
         figures["fuzzing"] = {"engine": "hypothesis", "inputs": inputs, "failures": 0}
     figures["fuzzing"]["seconds"] = args.seconds
     console.print("fuzzing", figures["fuzzing"])

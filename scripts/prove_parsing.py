@@ -16,17 +16,15 @@ import itertools
 import json
 import random
 import re
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 from circumstances import circumstances, write_figures
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examined, guided, guided_apart
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -49,6 +47,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}},
     {"name": "get_time"},
 ]
+SUPPRESSED = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 TAGS = [f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/")]
 TAG = re.compile("|".join(TAGS))
 # Bytes that UTF-8 never begins with stand for a tag, so that a fuzzer finds them; two more for halves of a character.
@@ -265,63 +264,26 @@ class Proof:
 
 
 def fuzz(folder: str, seconds: float) -> None:
-    """Coverage-guided: runs libFuzzer in this process, which ends with it."""
+    """Coverage-guided, in this process, which ends with it."""
     import atheris  # pyright: ignore[reportMissingImports]
 
     with atheris.instrument_imports(include=[arguments.__name__, parsing.__name__]):
         importlib.reload(arguments)
         importlib.reload(parsing)
+    guided(folder, seeds(), check_bytes, seconds, longest=256, timeout=10)
+
+
+def seeds() -> Iterator[bytes]:
+    """Inputs to begin with."""
     for index, seed in enumerate(SEEDS):
         for byte, tag in BYTES.items():
             seed = seed.replace(tag, chr(byte))
-        (Path(folder) / f"seed{index}").write_bytes(bytes([index % 2, 0, 0]) + seed.encode("latin-1"))
-    options = [f"-max_total_time={seconds:.0f}", "-max_len=256", "-timeout=10", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/", folder], check_bytes)
-    atheris.Fuzz()
+        yield bytes([index % 2, 0, 0]) + seed.encode("latin-1")
 
 
 def fuzzed(seconds: float) -> dict[str, Any]:
     """Runs `fuzz` in a process of its own; raises with its output if it found something."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = f"import prove_parsing; prove_parsing.fuzz({folder!r}, {seconds})"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace"
-        )
-        output = done.stdout + done.stderr
-        if done.returncode != 0:
-            raise SystemExit(output[-5000:])
-        kept = len(list(Path(folder).iterdir()))
-    last = re.findall(r"cov: (\d+) ft: (\d+)", output)[-1]
-    runs = re.findall(r"stat::number_of_executed_units: (\d+)", output)[-1]
-    return {
-        "engine": "atheris",
-        "inputs": int(runs),
-        "branches": int(last[0]),
-        "features": int(last[1]),
-        "kept": kept,
-        "failures": 0,
-    }
-
-
-def examined(strategy: st.SearchStrategy[Any], test: Callable[[Any], None], seconds: float) -> int:
-    """How many examples of `strategy` passed in that time; raises at the first that does not."""
-    end, count = time.monotonic() + seconds, 0
-
-    @settings(
-        max_examples=500,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    )
-    @given(strategy)
-    def run(example: Any) -> None:
-        nonlocal count
-        count += 1
-        test(example)
-
-    while time.monotonic() < end:
-        run()
-    return count
+    return guided_apart(lambda folder: f"import prove_parsing; prove_parsing.fuzz({folder!r}, {seconds})")
 
 
 def main() -> None:
@@ -335,12 +297,14 @@ def main() -> None:
     figures["microseconds per 1000 characters, for 32k, 64k, 128k, 256k"] = times([2**15, 2**16, 2**17, 2**18])
     console.print("times", figures)
     pairs = st.tuples(messages(), st.sampled_from(["glm-4.5", "glm-4.7"]))
-    figures["conversations there and back"] = examined(pairs, lambda pair: check_message(*pair), args.seconds / 10)
+    figures["conversations there and back"] = examined(
+        pairs, lambda pair: check_message(*pair), args.seconds / 10, SUPPRESSED
+    )
     console.print("conversations", figures["conversations there and back"])
     if has_atheris:
         figures["fuzzing"] = fuzzed(args.seconds)
     else:
-        inputs = examined(st.binary(max_size=400), check_bytes, args.seconds)
+        inputs = examined(st.binary(max_size=400), check_bytes, args.seconds, SUPPRESSED)
         figures["fuzzing"] = {"engine": "hypothesis", "inputs": inputs, "failures": 0}
     figures["fuzzing"]["seconds"] = args.seconds
     console.print("fuzzing", figures["fuzzing"])
