@@ -34,9 +34,8 @@ from rich.console import Console
 
 from glm45_jax.infer.grammar import Grammars
 from glm45_jax.serve import App, ServeOptions
-from glm45_jax.text import train_tokenizer
 from tests.serve.support import Scripted
-from tests.support import small_config
+from tests.support import small_config, small_tokenizer
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 ROUTES = (CHAT, MESSAGES, RESPONSES, "/v1/completions", "/v1/messages/count_tokens", "/tokenize", "/detokenize")
@@ -50,7 +49,7 @@ class Http:
     """The application over a scripted engine, asked without a network."""
 
     def __init__(self) -> None:
-        tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+        tokenizer = small_tokenizer()
         like = SimpleNamespace(config=small_config(vocab_size=384), tokenizer=tokenizer, room=2048, stats=dict)
         like.grammars = Grammars(tokenizer, tokenizer.eos_ids)
         self.engine = Scripted(like)  # pyright: ignore[reportArgumentType]

@@ -33,7 +33,7 @@ import glm45_jax as glm
 from glm45_jax.infer import Engine, EngineOptions
 from glm45_jax.infer.grammar import json_source, regex_source
 from glm45_jax.parallel import SERVING_RULES, make_mesh
-from glm45_jax.text import Tokenizer, train_tokenizer
+from glm45_jax.text import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 NEAR = 1e-4  # of two logits that rounding may put into another order
@@ -123,9 +123,9 @@ def model(checkpoint: Path | None) -> tuple[Any, Any, Tokenizer]:
     """Config, parameters in float32, tokenizer."""
     if checkpoint is not None:
         return *glm.load_checkpoint(checkpoint, dtype="float32"), Tokenizer.load(checkpoint)
-    from tests.support import random_params, small_config
+    from tests.support import random_params, small_config, small_tokenizer
 
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+    tokenizer = small_tokenizer()
     config = small_config(
         num_hidden_layers=3, hidden_size=64, vocab_size=384, max_position_embeddings=512, num_attention_heads=8,
         num_nextn_predict_layers=1, eos_token_id=tokenizer.eos_ids,

@@ -33,6 +33,7 @@ import tyro
 from circumstances import circumstances, write_figures
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `tests`
 KEY = "soak"
 SCHEMA = {
     "type": "object", "properties": {"name": {"enum": ["a", "b"]}, "count": {"type": "integer"}},
@@ -60,19 +61,12 @@ class Failed(Exception):
 
 def make_model(folder: Path) -> Path:
     """A small random model with an MTP layer, and a tokenizer."""
-    import jax
-
-    import glm45_jax as glm
     from glm45_jax.config import get_preset
-    from glm45_jax.model import init_params
-    from glm45_jax.text import train_tokenizer
+    from tests.support import small_tokenizer, write_checkpoint
 
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
-    tokenizer.save(folder / "tokenizer")
+    tokenizer = small_tokenizer()
     config = get_preset("tiny", vocab_size=384, max_position_embeddings=2048, eos_token_id=tokenizer.eos_ids)
-    params = init_params(config, jax.random.key(0))
-    glm.convert.export_hf(params, config, folder / "model", tokenizer_dir=folder / "tokenizer")
-    return folder / "model"
+    return write_checkpoint(folder, config, tokenizer)
 
 
 class Server:

@@ -19,6 +19,7 @@ import pytest
 
 import glm45_jax as glm
 from glm45_jax.config import ModelConfig, get_preset
+from glm45_jax.text import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -131,6 +132,18 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, glm.abstract_params(config))
+
+
+def small_tokenizer() -> Tokenizer:
+    """Of 330 tokens, trained on one sentence."""
+    return train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> Path:
+    """A random model in Hugging Face's format with its tokenizer, in a folder inside `folder`."""
+    tokenizer.save(folder / "tokenizer")
+    glm.convert.export_hf(random_params(config), config, folder / "model", tokenizer_dir=folder / "tokenizer")
+    return folder / "model"
 
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:

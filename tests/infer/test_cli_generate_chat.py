@@ -18,8 +18,8 @@ from glm45_jax.cli import loading, main
 from glm45_jax.cli.chat import ReplySplitter
 from glm45_jax.config import get_preset
 from glm45_jax.infer import Generation, generate_detailed
-from glm45_jax.text import Tokenizer, train_tokenizer
-from tests.support import random_params
+from glm45_jax.text import Tokenizer
+from tests.support import small_tokenizer, write_checkpoint
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
@@ -27,14 +27,12 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
-    tokenizer.save(folder / "tokenizer")
+    tokenizer = small_tokenizer()
     config = get_preset(
         "tiny", num_hidden_layers=2, hidden_size=32, num_nextn_predict_layers=0, vocab_size=384,
         eos_token_id=tokenizer.eos_ids,
     )  # fmt: skip
-    glm.convert.export_hf(random_params(config), config, folder / "model", tokenizer_dir=folder / "tokenizer")
-    return folder / "model"
+    return write_checkpoint(folder, config, tokenizer)
 
 
 @pytest.fixture(autouse=True)

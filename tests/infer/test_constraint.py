@@ -18,10 +18,10 @@ from glm45_jax.infer import Engine, EngineClosed, EngineOptions, generate_detail
 from glm45_jax.infer.call_grammar import calls_source
 from glm45_jax.infer.constraint import Constraint, Thought, ThoughtMasks
 from glm45_jax.infer.grammar import Grammars, choice_source, json_source, regex_source
-from glm45_jax.text import parse_output, train_tokenizer
-from tests.support import quick_jit, random_params, small_config
+from glm45_jax.text import parse_output
+from tests.support import quick_jit, random_params, small_config, small_tokenizer
 
-TOKENIZER = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+TOKENIZER = small_tokenizer()
 END_IDS = TOKENIZER.eos_ids
 OPEN, CLOSE, CALL = (TOKENIZER.token_id(name) for name in ("<think>", "</think>", "<tool_call>"))
 CONFIG = small_config(

@@ -15,8 +15,7 @@ import pytest
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine, EngineOptions, generate_detailed
 from glm45_jax.infer.drafting import Drafting
-from glm45_jax.text import train_tokenizer
-from tests.support import random_params, small_config
+from tests.support import random_params, small_config, small_tokenizer
 
 CONFIG = small_config(num_hidden_layers=2, eos_token_id=(94, 95))
 SMALL = EngineOptions(slots=4, cache_tokens=256, page_size=4, step_tokens=32, cache_dtype="float32")
@@ -152,7 +151,7 @@ def test_other_weights_are_in_force_at_once(params, engine):
 
 @pytest.mark.slow
 def test_text_and_stop_strings():
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+    tokenizer = small_tokenizer()
     config = small_config(num_hidden_layers=2, vocab_size=384, eos_token_id=tokenizer.eos_ids)
     params, asked = random_params(config), [tokenizer.encode(text) for text in ("the cat", "a dog sat", "on")]
     with Engine(params, config, tokenizer=tokenizer, options=UNPREPARED) as engine:

@@ -24,9 +24,10 @@ from glm45_jax.infer.grammar import (
     lark_source,
     regex_source,
 )
-from glm45_jax.text import parse_output, train_tokenizer
+from glm45_jax.text import parse_output
+from tests.support import small_tokenizer
 
-TOKENIZER = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+TOKENIZER = small_tokenizer()
 END_IDS = TOKENIZER.eos_ids
 GRAMMARS = Grammars(TOKENIZER, END_IDS)
 SPECIAL = {*TOKENIZER.special_ids.values()}

@@ -22,8 +22,7 @@ import glm45_jax as glm
 from glm45_jax.cli.serve import serving_mesh
 from glm45_jax.errors import UserError
 from glm45_jax.infer.channel import Channel, Connections, Lost, accept, connect, listen, new_token, packed
-from glm45_jax.text import train_tokenizer
-from tests.support import ROOT, random_params, small_config
+from tests.support import ROOT, small_config, small_tokenizer, write_checkpoint
 
 ENDS_WITHIN = 60  # seconds after one has died
 
@@ -162,13 +161,11 @@ def test_two_answer_as_one(tmp_path, axes, cache):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
-    tokenizer.save(folder / "tokenizer")
+    tokenizer = small_tokenizer()
     config = small_config(
         num_hidden_layers=2, vocab_size=384, max_position_embeddings=2048, eos_token_id=tokenizer.eos_ids
     )
-    glm.convert.export_hf(random_params(config), config, folder / "model", tokenizer_dir=folder / "tokenizer")
-    return folder / "model"
+    return write_checkpoint(folder, config, tokenizer)
 
 
 class Server(Processes):

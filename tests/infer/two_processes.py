@@ -18,10 +18,9 @@ from glm45_jax.infer import Engine, EngineOptions, follow
 from glm45_jax.infer.grammar import regex_source
 from glm45_jax.model import param_shardings
 from glm45_jax.parallel import SERVING_RULES
-from glm45_jax.text import train_tokenizer
 from glm45_jax.train import DistributedConfig
 from glm45_jax.train.distributed import ending_together
-from tests.support import random_params, small_config
+from tests.support import random_params, small_config, small_tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [1, 2], list(range(20, 60))]
 
@@ -40,7 +39,7 @@ def answers(engine: Engine) -> list[Any]:
 def main(axes: str, cache: str, file: str) -> None:
     from glm45_jax.cli.serve import serving_mesh
 
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+    tokenizer = small_tokenizer()
     config = small_config(
         num_hidden_layers=2, num_nextn_predict_layers=1, vocab_size=384, eos_token_id=tokenizer.eos_ids
     ).replace(parallel=ParallelConfig(rules=SERVING_RULES))  # fmt: skip

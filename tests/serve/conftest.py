@@ -8,17 +8,17 @@ import pytest
 
 from glm45_jax.infer import Engine, EngineOptions
 from glm45_jax.serve import App, ServeOptions
-from glm45_jax.text import Tokenizer, train_tokenizer
+from glm45_jax.text import Tokenizer
 from tests.infer.conftest import quick_programs  # noqa: F401
 from tests.serve.served import Served, served, served_script
-from tests.support import random_params, small_config
+from tests.support import random_params, small_config, small_tokenizer
 
 SIZES = EngineOptions(slots=4, cache_tokens=4096, page_size=8, step_tokens=64, cache_dtype="float32", warm_up=False)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(["the cat sat on the mat and the dog ran\n"] * 8, 330)
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="package")

@@ -19,9 +19,8 @@ import httpx
 import pydantic
 import pytest
 
-import glm45_jax as glm
 from tests.serve.support import CHAT, HELLO, WEATHER, connect, free_port
-from tests.support import ROOT, random_params, small_config
+from tests.support import ROOT, small_config, write_checkpoint
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.slow
@@ -74,15 +73,14 @@ class Server:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tokenizer) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("serve")
-    tokenizer.save(folder / "tokenizer")
     config = small_config(
         num_hidden_layers=2, vocab_size=384, max_position_embeddings=2048, eos_token_id=tokenizer.eos_ids
     )
-    glm.convert.export_hf(random_params(config), config, folder / "model", tokenizer_dir=folder / "tokenizer")
+    model = write_checkpoint(folder, config, tokenizer)
     servers: list[Server] = []
 
     def begin() -> Server:
-        servers.append(Server(folder / "model", folder / "cache", folder / f"log{len(servers)}"))
+        servers.append(Server(model, folder / "cache", folder / f"log{len(servers)}"))
         return servers[-1]
 
     yield begin
