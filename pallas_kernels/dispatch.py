@@ -20,12 +20,12 @@ def dispatch(
 ) -> Any:
     """Calls one of `implementations` on the arrays `args`.
 
-    Left to choose, a program lowered for a TPU takes "tpu" and one for a CPU "cpu". One for CUDA takes `default`, and
-    "gpu", made for Hopper, only where the mesh in force says that the device is one.
+    Left to choose, a program lowered for a TPU takes "tpu", one for a CPU "native" or else "cpu". One for CUDA takes
+    `default`, and "gpu", made for Hopper, only where the mesh in force says that the device is one.
 
     Args:
-      implementations: by name; "reference" must be among them, "tpu", "gpu", "cpu" serve the platform they name. One
-        that cannot do what is asked raises NotImplementedError.
+      implementations: by name; "reference" must be among them, "tpu", "gpu", "cpu" serve the platform they name,
+        "native" CPUs. One that cannot do what is asked raises NotImplementedError.
       implementation: None to choose by lowering platform; a name, or names of which the first that can is taken.
       default: the implementation of platforms that have none of their own.
     """
@@ -33,17 +33,20 @@ def dispatch(
         names = [implementation] if isinstance(implementation, str) else list(implementation)
         return _first_that_can(implementations, names, args)
     branches = {
-        platform: lambda *args, name=name: _first_that_can(implementations, (name, default), args)
-        for name, platform in _platforms(implementations).items()
+        platform: lambda *args, names=names: _first_that_can(implementations, (*names, default), args)
+        for platform, names in _platforms(implementations).items()
     }
     return jax.lax.platform_dependent(*args, **branches, default=implementations[default])
 
 
-def _platforms(implementations: Mapping[str, Any]) -> dict[str, str]:
-    """Which implementation serves which lowering platform of its own."""
+def _platforms(implementations: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Which implementations serve a lowering platform that has any of its own, in order of preference."""
     chip = chip_in_force()
-    platforms = {"tpu": "tpu", "cpu": "cpu"} | ({"gpu": "cuda"} if chip is not None and chip.platform == "gpu" else {})
-    return {name: platform for name, platform in platforms.items() if name in implementations}
+    names = {"tpu": ("tpu",), "cpu": ("native", "cpu"), "cuda": ("gpu",)}
+    if chip is None or chip.platform != "gpu":
+        del names["cuda"]
+    own = {platform: [name for name in of if name in implementations] for platform, of in names.items()}
+    return {platform: of for platform, of in own.items() if of}
 
 
 def _first_that_can(

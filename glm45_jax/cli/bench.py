@@ -72,9 +72,10 @@ def _benched(args: Kernels, platform: str) -> Iterator[dict[str, Any]]:
     sizes = _sizes(args, platform)
     peak = device_peak(jnp.dtype(sizes["dtype"]))
     names = {"cpu": ("reference", "cpu"), "tpu": ("reference", "cpu", "tpu"), "gpu": ("reference", "cpu", "gpu")}
+    on_cpu = {"cpu": ("native", "cpu")} if platform == "cpu" else {}  # what a CPU takes left to choose
     for op in args.op or (None,):
         chosen = args.implementation or names.get(platform, ("reference",))
-        by_name = {name: kernel_cases(op=op, implementation=name, **sizes) for name in chosen}
+        by_name = {name: kernel_cases(op=op, implementation=on_cpu.get(name, name), **sizes) for name in chosen}
         for cases in zip(*by_name.values()):
             case = cases[0]
             arguments, others = random_arrays(case.arguments), peers(case, platform)

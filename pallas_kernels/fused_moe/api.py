@@ -19,8 +19,15 @@ from pallas_kernels.fused_moe.tiling import Tiling
 from pallas_kernels.grouped_matmul.api import bind
 from pallas_kernels.grouped_matmul.quantised import check_alike, check_scale, frozen, is_quantised
 from pallas_kernels.mosaic import tree_varying_alike
+from pallas_kernels.native import ops as native
 
-_IMPLEMENTATIONS = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_IMPLEMENTATIONS = {
+    "reference": reference.forward,
+    "native": native.fused_moe,
+    "cpu": cpu.forward,
+    "tpu": tpu.forward,
+    "gpu": gpu.forward,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,8 @@ def fused_moe(
       top_k_indices: the experts of each token, each at most once per token.
       gate_scale, up_scale, down_scale: of quantised weights, as `rhs_scale` in `grouped_matmul`.
       expert_offset: the first expert whose matrices are given; experts outside contribute zero.
-      implementation: None (by platform), "reference", "tpu", "gpu" or "cpu", or several in order of preference.
+      implementation: None (by platform), "reference", "tpu", "gpu", "native" or "cpu", or several in order of
+        preference.
       chip: the TPU to tile for, a name of `pallas_kernels.chip.CHIPS`; by default that of the mesh in force.
       tiling: of the TPU's kernel, instead of what its model of VMEM chooses.
     """

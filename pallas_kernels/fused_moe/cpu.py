@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.fused_moe.reference import local_experts
 from pallas_kernels.grouped_matmul.cpu import matrix_of, over_blocks, place, store
-from pallas_kernels.native import ops as native
 
 _COUNTS = (1, 2, 3, 4, 8, 16)  # the numbers of rows for which there is a product
 _ROW_BY_ROW = 4
@@ -21,14 +20,6 @@ _ROW_BY_ROW = 4
 
 def forward(x, matrices, scales, indices, weights, offset, layer, *, transpose_rhs):
     """[T, D] -> [T, D]; see `api.fused_moe`."""
-    how = {"transpose_rhs": transpose_rhs}
-    try:
-        return native.fused_moe(x, matrices, scales, indices, weights, offset, layer, **how)
-    except NotImplementedError:
-        return in_xla(x, matrices, scales, indices, weights, offset, layer, **how)
-
-
-def in_xla(x, matrices, scales, indices, weights, offset, layer, *, transpose_rhs):
     num_tokens, top_k = indices.shape
 
     def expert(rows, e):

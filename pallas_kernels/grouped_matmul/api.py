@@ -20,8 +20,15 @@ from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.grouped_matmul.quantised import check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
 from pallas_kernels.mosaic import tree_varying_alike
+from pallas_kernels.native import ops as native
 
-_FORWARD = {"reference": reference.forward, "cpu": cpu.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_FORWARD = {
+    "reference": reference.forward,
+    "native": native.grouped_matmul,
+    "cpu": cpu.forward,
+    "tpu": tpu.forward,
+    "gpu": gpu.forward,
+}
 _RHS_GRADIENT = {
     "reference": reference.rhs_gradient,
     "cpu": cpu.rhs_gradient,
@@ -71,7 +78,8 @@ def grouped_matmul(
         the layout of `rhs`; with `layer`, stacked over layers.
       layer: which layer's matrices of `rhs` to use; the stack is never sliced outside the op.
       preferred_element_type: of the result; by default that of `lhs`.
-      implementation: None (by platform), "reference", "tpu", "gpu" or "cpu", or several in order of preference.
+      implementation: None (by platform), "reference", "tpu", "gpu", "native" or "cpu", or several in order of
+        preference.
       chip: the TPU to tile for, a name of `pallas_kernels.chip.CHIPS`; by default that of the mesh in force.
       tiling: of the TPU's kernel, instead of what its model of VMEM chooses (the backward pass keeps to the model).
     """

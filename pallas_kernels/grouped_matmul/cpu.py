@@ -18,7 +18,6 @@ from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.grouped_matmul.quantised import dequantise
 from pallas_kernels.grouped_matmul.rows import RowKernel
 from pallas_kernels.mosaic import tree_varying_alike
-from pallas_kernels.native import ops as native
 
 _WAYS = 8  # different products a block may choose from
 _LARGEST_STEP = 64
@@ -72,12 +71,8 @@ def run(
 
 def forward(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype):
     """[M, K] x [L, E, K, N] (or [L, E, N, K]) -> [M, N]."""
-    groups = (group_sizes, first_row, layer)
-    try:
-        return native.grouped(lhs, [rhs], [scale], groups, transpose_rhs=transpose_rhs, dtype=dtype)
-    except NotImplementedError:
-        pass
     kernel = RowKernel("grouped_matmul", ((0, 0),), lambda products, _: products, (dtype,))
+    groups = (group_sizes, first_row, layer)
     return run(kernel, [lhs], [rhs], [scale], [], groups, transpose_rhs=transpose_rhs)[0]
 
 

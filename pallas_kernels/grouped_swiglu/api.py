@@ -16,16 +16,18 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.grouped_matmul import api as grouped_matmul
-from pallas_kernels.grouped_matmul import tpu_rows
+from pallas_kernels.grouped_matmul import cpu, tpu_rows
 from pallas_kernels.grouped_matmul.quantised import check_alike, check_scale, frozen, is_quantised
 from pallas_kernels.grouped_matmul.tiling import Tiling
-from pallas_kernels.grouped_swiglu import cpu, fused, gpu, reference
+from pallas_kernels.grouped_swiglu import fused, gpu, reference
 from pallas_kernels.mosaic import tree_varying_alike
+from pallas_kernels.native import ops as native
 from pallas_kernels.residuals import keep
 
 _IMPLEMENTATIONS = {
     "reference": reference.with_matmul(reference.reference.forward),
-    "cpu": cpu.functions,
+    "native": {"forward": native.grouped_swiglu},
+    "cpu": fused.with_frame(cpu.run),
     "tpu": fused.with_frame(tpu_rows.run),
     "gpu": {
         "forward": gpu.forward,
@@ -98,7 +100,7 @@ def grouped_swiglu(
 
 def _run(function: str, options: _Options, *args: Any, **static: Any) -> Any:
     """One of an implementation's functions; under `vmap` one example after another, as each has its own groups."""
-    functions = {name: functions[function] for name, functions in _IMPLEMENTATIONS.items()}
+    functions = {name: functions[function] for name, functions in _IMPLEMENTATIONS.items() if function in functions}
     tpu_options = {"chip": options.chip, "tiling": options.tiling if function == "forward" else None}
     bound = grouped_matmul.bind(functions, tpu_options, transpose_rhs=options.transpose_rhs, **static)
     run = jax.custom_batching.sequential_vmap(lambda *args: dispatch(bound, options.implementation, *args))

@@ -1,4 +1,4 @@
-"""The native functions as the ops' `cpu.py` use them. Each raises NotImplementedError for what it cannot do."""
+"""The native functions as implementations of the ops. Each raises NotImplementedError for what it cannot do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,20 @@ def fused_moe(x, matrices, scales, indices, weights, offset, layer, *, transpose
     return call("glm45_fused_moe", jax.ShapeDtypeStruct(x.shape, jnp.float32), *args).astype(x.dtype)
 
 
-def grouped(lhs, matrices: Sequence[jax.Array], scales, groups, *, transpose_rhs, dtype: Any) -> jax.Array:
+def grouped_matmul(lhs, rhs, scale, group_sizes, first_row, layer, *, transpose_rhs, dtype) -> jax.Array:
+    """[M, K] x [L, E, N, K] -> [M, N]; see `grouped_matmul.api`."""
+    groups = group_sizes, first_row, layer
+    return _grouped(lhs, [rhs], [scale], groups, transpose_rhs).astype(dtype)
+
+
+def grouped_swiglu(lhs, weights, scales, groups, *, transpose_rhs, keep_products) -> tuple[jax.Array]:
+    """[M, F]; see `grouped_swiglu.api`."""
+    if keep_products:
+        raise NotImplementedError("products kept for the backward pass")
+    return (_grouped(lhs, weights, scales, groups, transpose_rhs).astype(lhs.dtype),)
+
+
+def _grouped(lhs, matrices: Sequence[jax.Array], scales, groups, transpose_rhs: bool) -> jax.Array:
     """Rows of each group [M, K] times its matrix of [L, E, N, K], or the SwiGLU of two such products: [M, N]."""
     _check(matrices, scales, transpose_rhs, lhs)
     sizes, first_row, layer = groups
@@ -32,8 +45,7 @@ def grouped(lhs, matrices: Sequence[jax.Array], scales, groups, *, transpose_rhs
         raise NotImplementedError("many rows in each group")
     second = matrices[1] if len(matrices) == 2 else jnp.zeros(0)
     args = varying_alike(_float32(lhs), matrices[0], second, sizes, jnp.stack([layer, first_row]))
-    shape = lhs.shape[0], matrices[0].shape[-2]
-    return call("glm45_grouped", jax.ShapeDtypeStruct(shape, jnp.float32), *args).astype(dtype)
+    return call("glm45_grouped", jax.ShapeDtypeStruct((lhs.shape[0], matrices[0].shape[-2]), jnp.float32), *args)
 
 
 def paged_attention(q, k, v, pages, page_table, lengths, starts, layer, kv_scale, *, scale) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.native import ops as native
 from pallas_kernels.paged_attention import batched, cpu, reference, tpu
 from pallas_kernels.paged_attention.tiling import Tiling
 
@@ -64,7 +65,7 @@ def paged_attention(
       scale: of the scores; by default D ** -0.5.
       kv_scale: for int8 and float8 pages, what a stored one stands for: [0] of keys, [1] of values, of each head;
         with `layer` [L, 2, K]. Stored are x / kv_scale rounded to nearest even and saturated.
-      implementation: None (by platform), "reference", "cpu", "tpu" or "batched", or several in order of
+      implementation: None (by platform), "reference", "native", "cpu", "tpu" or "batched", or several in order of
         preference; GPUs have "batched".
       chip: the TPU to tile for; by default that of the mesh in force.
       tiling: of the TPU kernel, instead of what its model of VMEM gives.
@@ -110,6 +111,7 @@ def _paged_attention(static, *arrays):
     scale, implementation, chip, tiling = static
     implementations = {
         "reference": functools.partial(reference.forward, scale=scale),
+        "native": functools.partial(native.paged_attention, scale=scale),
         "cpu": functools.partial(cpu.forward, scale=scale),
         "batched": functools.partial(batched.forward, scale=scale),
         "tpu": functools.partial(tpu.forward, scale=scale, chip=chip, tiling=tiling),

@@ -14,7 +14,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.native import ops as native
 from pallas_kernels.paged_attention import rows
 
 _BLOCK = 32
@@ -26,10 +25,6 @@ def forward(q, k, v, pages, page_table, lengths, starts, layer, kv_scale, *, sca
     num_tokens = q.shape[0]
     if num_tokens == 0:
         return q, pages
-    try:
-        return native.paged_attention(q, k, v, pages, page_table, lengths, starts, layer, kv_scale, scale=scale)
-    except NotImplementedError:
-        pass
     pages = rows.write(pages, rows.stored(k, v, kv_scale, pages.dtype), page_table, starts, lengths, layer)
     block = min(_BLOCK, num_tokens)
     items = rows.cut(starts, lengths, num_tokens, block)

@@ -15,10 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 # The TPU's kernels run in the interpreter, which is slow: only with the whole suite.
 IMPLEMENTATIONS = ["reference", "cpu", pytest.param("tpu", marks=pytest.mark.slow)]
+NATIVE = ("native", "cpu")  # as left to choose on a CPU: native code does not do all that is asked
+WITH_NATIVE = [*IMPLEMENTATIONS, pytest.param(NATIVE, id="native")]
 
 
 @contextlib.contextmanager
-def on(implementation: str, **interpreter: Any) -> Iterator[None]:
+def on(implementation: str | tuple[str, ...], **interpreter: Any) -> Iterator[None]:
     """Where `implementation` runs: the TPU's in the interpreter, unwritten memory NaN; a race is an error.
 
     Copies happen as late as they are waited for, and one core runs, unless the interpreter is told otherwise.

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import fused_moe
 from pallas_kernels.analysis import count_traffic
 from pallas_kernels.chip import named_chip
-from tests.pallas_kernels.support import IMPLEMENTATIONS, on, quantise
+from tests.pallas_kernels.support import WITH_NATIVE, on, quantise
 from tests.support import quick_jit
 
 D, F, E, L = 12, 7, 9, 3
@@ -33,7 +33,7 @@ def _expected(x, gate, up, down, indices, weights):
     return out
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("transpose", [False, True], ids=["in-out", "out-in"])
 @pytest.mark.parametrize("spread", ["random", "all on the same", "few experts"])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 40])
@@ -53,7 +53,7 @@ def test_against_float64(tokens: int, spread: str, transpose: bool, implementati
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("transpose", [False, True], ids=["in-out", "out-in"])
 @pytest.mark.parametrize("per", ["channel", "block"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -75,7 +75,7 @@ def test_quantised_experts_of_one_shard(dtype: str, per: str, transpose: bool, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_gradients_are_those_of_the_sorted_form(implementation: str) -> None:
     rng = np.random.default_rng(1)
     indices = jnp.asarray(np.stack([rng.permutation(E)[:2] for _ in range(7)]), jnp.int32)
@@ -122,7 +122,7 @@ def test_blocks_and_cores_of_the_tpu_kernel(tokens: int, cores: int, monkeypatch
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("what", ["token", "weight"])
 def test_what_is_not_finite_spoils_its_own_row_alone(what: str, implementation: str) -> None:
     """Slots of a batch that are not in use may hold anything."""

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import blocks
-from tests.pallas_kernels.support import IMPLEMENTATIONS, on, quantise
+from tests.pallas_kernels.support import WITH_NATIVE, on, quantise
 from tests.support import quick_jit
 
 # rows of each group, rows past the last group, K, N
@@ -39,7 +39,7 @@ def _inputs(case, seed=0):
     return rng.normal(size=(sum(sizes) + past, k)), rng.normal(size=(len(sizes), k, n)), np.asarray(sizes, np.int32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("transpose", [False, True], ids=["KN", "NK"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, transpose: bool, implementation: str) -> None:
@@ -66,7 +66,7 @@ def test_values_and_gradients(case: str, transpose: bool, implementation: str) -
     np.testing.assert_allclose(np.swapaxes(drhs, 1, 2) if transpose else drhs, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_a_layer_of_a_stack(implementation: str) -> None:
     lhs, rhs, sizes = _inputs("primes")
     stack = jnp.asarray(np.stack([rhs * 0, rhs, rhs * 2]), jnp.float32)
@@ -83,7 +83,7 @@ def test_a_layer_of_a_stack(implementation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("transpose", [False, True], ids=["KN", "NK"])
 @pytest.mark.parametrize("per", ["channel", "block"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -113,7 +113,7 @@ def test_quantised_weights(dtype: str, per: str, transpose: bool, implementation
         jax.grad(lambda s: product(jnp.asarray(lhs, jnp.float32), given, s).sum())(scale)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("k, n", [(128, 256), (256, 128), (128, 128)])
 def test_blocks_as_wide_as_the_matrix(k: int, n: int, implementation: str) -> None:
     """A scale [E, 1, 2] is one per block; nothing but its width tells it from one per channel."""
@@ -136,7 +136,7 @@ def test_blocks_as_wide_as_the_matrix(k: int, n: int, implementation: str) -> No
         np.testing.assert_allclose(x, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("rows, matrices", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_rows_and_matrices_of_two_dtypes(rows: str, matrices: str, implementation: str) -> None:
     """As good as bfloat16, gradients too, each of the dtype of what it is a gradient of."""
@@ -161,7 +161,7 @@ def test_rows_and_matrices_of_two_dtypes(rows: str, matrices: str, implementatio
         np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=6e-3 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_experts_of_one_shard(offset: int, implementation: str) -> None:
     """Rows of other shards' experts come out zero and get no gradient; what they hold, NaN too, does not matter."""
@@ -191,7 +191,7 @@ def test_experts_of_one_shard(offset: int, implementation: str) -> None:
     np.testing.assert_allclose(drhs, np.stack([lhs[p].T @ dout[p] for p in parts]), atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_bfloat16_accumulates_in_float32(implementation: str) -> None:
     """256 products of about one: a bfloat16 sum would stop growing at 256."""
     lhs = jnp.ones((4, 1024), jnp.bfloat16)

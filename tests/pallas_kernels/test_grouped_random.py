@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import fused_moe, grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiling import Tiling
-from tests.pallas_kernels.support import IMPLEMENTATIONS, on
+from tests.pallas_kernels.support import IMPLEMENTATIONS, NATIVE, on
 from tests.support import quick_jit
 
 WIDTHS = [1, 2, 13, 127, 128, 129, 257, 384]
@@ -58,7 +58,7 @@ def value_and_gradients(op: Callable[..., Any], implementation: str, dout: np.nd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("implementation", "examples"), [("reference", 8), ("cpu", 12), ("tpu", 8)])
+@pytest.mark.parametrize(("implementation", "examples"), [("reference", 8), ("cpu", 12), (NATIVE, 12), ("tpu", 8)])
 def test_grouped_matmul(implementation: str, examples: int) -> None:
     @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(
@@ -84,7 +84,7 @@ def test_grouped_matmul(implementation: str, examples: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("implementation", "examples"), [("reference", 8), ("cpu", 12), ("tpu", 6)])
+@pytest.mark.parametrize(("implementation", "examples"), [("reference", 8), ("cpu", 12), (NATIVE, 12), ("tpu", 6)])
 def test_grouped_swiglu(implementation: str, examples: int) -> None:
     @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(
@@ -114,7 +114,7 @@ def test_grouped_swiglu(implementation: str, examples: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("implementation", "examples"), [("reference", 8), ("cpu", 12), ("tpu", 8)])
+@pytest.mark.parametrize(("implementation", "examples"), [("reference", 8), ("cpu", 12), (NATIVE, 12), ("tpu", 8)])
 def test_fused_moe(implementation: str, examples: int) -> None:
     """`offset` experts lie on the shards before, and some past the last: they add nothing."""
 
@@ -198,7 +198,7 @@ def test_vmap_scan_and_remat(op: str, implementation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "cpu", NATIVE])
 @pytest.mark.parametrize("op", OPS)
 def test_inside_a_checked_shard_map(op: str, implementation: str) -> None:
     """Rows differ by device and the weights do not: their gradient is summed over the devices by JAX itself.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_swiglu
-from tests.pallas_kernels.support import IMPLEMENTATIONS, on, quantise
+from tests.pallas_kernels.support import WITH_NATIVE, on, quantise
 from tests.support import quick_jit
 
 SIZES = np.array([5, 0, 40, 19, 3], np.int32)
@@ -56,7 +56,7 @@ def _with_gradients(implementation: str, **static):
     return run
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("transpose", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["KF", "FK"])
 def test_values_and_gradients(transpose: bool, keep: bool, implementation: str) -> None:
@@ -71,7 +71,7 @@ def test_values_and_gradients(transpose: bool, keep: bool, implementation: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_a_shard_of_a_layer(implementation: str) -> None:
     """Two experts of five, in the second of three layers; what other rows hold, NaN too, does not matter."""
     lhs, gate, up, dout = _inputs(1, groups=2)
@@ -89,7 +89,7 @@ def test_a_shard_of_a_layer(implementation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("per", ["channel", "block"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_quantised_weights(dtype: str, per: str, implementation: str) -> None:
@@ -112,7 +112,7 @@ def test_quantised_weights(dtype: str, per: str, implementation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_bfloat16_activation_in_float32(implementation: str) -> None:
     args = [jnp.asarray(x, jnp.bfloat16) for x in _inputs(3)]
     with on(implementation):

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import native, paged_attention
+from pallas_kernels import fused_moe, grouped_matmul, native, paged_attention
 from pallas_kernels.fused_moe import cpu as fused_moe_cpu
-from pallas_kernels.grouped_matmul import cpu as grouped_cpu
 from pallas_kernels.native import ops
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
@@ -61,7 +60,7 @@ def test_fused_moe(tokens, sizes, dtype):
                     g, u = wide[0][expert] @ row, wide[1][expert] @ row
                     want[t] += share * (wide[2][expert] @ (g / (1 + np.exp(-g)) * u))
         np.testing.assert_allclose(found, want, atol=2e-5)
-        np.testing.assert_allclose(fused_moe_cpu.in_xla(*args, transpose_rhs=True), want, atol=2e-5)
+        np.testing.assert_allclose(fused_moe_cpu.forward(*args, transpose_rhs=True), want, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
@@ -77,8 +76,10 @@ def test_grouped(rows, sizes, swiglu):
     counts = np.diff(np.concatenate([[0], cuts])).astype(np.int32)
     groups = jnp.asarray(counts), jnp.int32(first), jnp.int32(1)
     matrices = [gate, up] if swiglu else [gate]
-    how = {"transpose_rhs": True, "dtype": jnp.float32}
-    found = ops.grouped(lhs, matrices, [None] * len(matrices), groups, **how)
+    if swiglu:
+        (found,) = ops.grouped_swiglu(lhs, matrices, [None, None], groups, transpose_rhs=True, keep_products=False)
+    else:
+        found = ops.grouped_matmul(lhs, gate, None, *groups, transpose_rhs=True, dtype=jnp.float32)
     want, at = np.zeros((rows, sizes["width"])), first
     for g, count in enumerate(counts):
         x = np.asarray(lhs[at : at + count], np.float64)
@@ -105,7 +106,7 @@ def test_paged_attention(heads, kv_heads, dim, page, dtype):
     q, k, v = (normal(rng, total, n, dim) for n in (heads, kv_heads, kv_heads))
     args = q, k, v, jnp.asarray(pages, dtype), jnp.asarray(table), jnp.int32(lengths), starts, 4
     run = lambda name: paged_attention(*args, layer=1, implementation=name)  # noqa: E731
-    (out, stored), (want, want_stored) = run("cpu"), run("reference")
+    (out, stored), (want, want_stored) = run("native"), run("reference")
     np.testing.assert_allclose(out, want, atol=3e-6)
     np.testing.assert_array_equal(stored.astype(jnp.float32), want_stored.astype(jnp.float32))
     assert np.isfinite(out).all() and not np.asarray(out[starts[4] :]).any()
@@ -144,13 +145,27 @@ def test_the_same_bits_every_time():
 
 def test_what_native_code_does_not_do_is_left_to_xla():
     rng = np.random.default_rng(1)
-    rhs, lhs = normal(rng, 1, 2, 8, 6), normal(rng, 4, 8)  # [in, out]
+    rhs, lhs = normal(rng, 2, 8, 6), normal(rng, 4, 8)  # [in, out]
     sizes = jnp.int32(np.array([3, 1]))
     with pytest.raises(NotImplementedError):
-        ops.grouped(lhs, [rhs], [None], (sizes, jnp.int32(0), jnp.int32(0)), transpose_rhs=False, dtype=jnp.float32)
-    out = grouped_cpu.forward(lhs, rhs, None, sizes, jnp.int32(0), jnp.int32(0), transpose_rhs=False, dtype=jnp.float32)
-    want = np.concatenate([lhs[:3] @ rhs[0, 0], lhs[3:] @ rhs[0, 1]])
-    np.testing.assert_allclose(out, want, atol=1e-5)
+        grouped_matmul(lhs, rhs, sizes, implementation="native")
+    want = np.concatenate([lhs[:3] @ rhs[0], lhs[3:] @ rhs[1]])
+    np.testing.assert_allclose(grouped_matmul(lhs, rhs, sizes), want, atol=1e-5)
+
+
+def test_other_platforms_never_meet_it():
+    """A program for CUDA, Hopper or not, or for a TPU whose kernel cannot: what stands in is portable XLA."""
+    rng = np.random.default_rng(2)
+    matrices = experts_of(rng, ODD, 1, "float32")
+    x, shares = normal(rng, 3, ODD["model"]), normal(rng, 3, 2)
+    chosen = jnp.asarray([[0, 1], [2, 3], [4, 0]], jnp.int32)
+
+    def step(x):
+        return fused_moe(x, *(m[0] for m in matrices), chosen, shares, transpose_rhs=True)
+
+    texts = {p: jax.jit(step).trace(x).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "rocm")}
+    assert "glm45_fused_moe" in texts["cpu"]
+    assert not any("glm45" in texts[platform] for platform in ("cuda", "rocm"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +175,8 @@ def test_without_a_compiler_all_works(environment, tmp_path):
     program = (
         "import numpy as np, jax.numpy as jnp; from pallas_kernels import fused_moe, native;"
         "w = jnp.ones((2, 3, 3)); x = jnp.ones((1, 3));"
-        "out = fused_moe(x, w, w, w, np.int32([[1]]), jnp.ones((1, 1)), transpose_rhs=True, implementation='cpu');"
+        "out = fused_moe(x, w, w, w, np.int32([[1]]), jnp.ones((1, 1)), transpose_rhs=True,"
+        "                implementation=('native', 'cpu'));"
         "print(native.available(), float(out[0, 0]))"
     )
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | environment

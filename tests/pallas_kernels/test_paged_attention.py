@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention.tiling import Tiling
-from tests.pallas_kernels.support import on
+from tests.pallas_kernels.support import NATIVE, on
 from tests.support import quick_jit
 
 IMPLEMENTATIONS = [
     "reference",
     "cpu",
+    pytest.param(NATIVE, id="native"),
     "batched",
     pytest.param("tpu", marks=pytest.mark.slow),
 ]  # the interpreter is slow
