@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,16 +123,24 @@ class Clock:
 
 
 class Profiler:
-    """A trace of the steps `first` to `last`, for TensorBoard or Perfetto; the parts of it that this process runs."""
+    """A trace of the steps `first` to `last`, for TensorBoard or Perfetto; the parts of it that this process runs.
+
+    A process that would not survive it says so and goes on without.
+    """
 
     def __init__(self, steps: Sequence[int] | None, folder: Path):
         self._first, self._last = steps or (1, 0)
         self._folder, self._running = folder, False
 
     def before(self, step: int) -> None:
-        if not self._running and self._first <= step <= self._last:
-            jax.profiler.start_trace(self._folder)
-            self._running = True
+        if self._running or not self._first <= step <= self._last:
+            return
+        if why := cannot_trace():
+            print(f"no trace of step {step} on: {why}", file=sys.stderr)
+            self._last = 0
+            return
+        jax.profiler.start_trace(self._folder)
+        self._running = True
 
     def after(self, step: int, results: Any) -> None:
         if self._running and step >= self._last:
@@ -140,6 +151,30 @@ class Profiler:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+
+
+def cannot_trace() -> str | None:
+    """Why jax's profiler would crash this process, or None.
+
+    A loaded libtpu of another release than the one that jax asks for has another profiler interface, and starting a
+    trace is a segmentation fault (seen with libtpu 0.0.52 under jax 0.10.2). It is loaded to compile for a TPU without
+    one, and where JAX_PLATFORMS lets jax look for one.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "libtpu.so" not in maps.read_text(errors="replace"):
+        return None
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:  # a machine's own
+        return None
+    asked = [re.match(r"libtpu==([\d.]+)", need) for need in importlib.metadata.requires("jax") or ()]
+    wanted = next((match[1].strip(".") for match in asked if match), found)
+    if f"{found}.".startswith(f"{wanted}."):
+        return None
+    return (
+        f"libtpu {found} is loaded, jax {jax.__version__} traces with libtpu {wanted} alone and would crash; "
+        "pip install 'jax[tpu]', or JAX_PLATFORMS=cpu where there is no TPU"
+    )
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -1,9 +1,15 @@
 """A run that is stopped and goes on ends as one that was never stopped, and what it leaves behind is whole."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -17,6 +23,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.train import export_newest, params_digest, read_metrics, train
 from glm45_jax.train.loop import _only_one, _with_tokens_of
 from glm45_jax.train.tokenizer import prepare_tokenizer
+from tests.support import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -50,16 +57,44 @@ def reference(run_config):
 
 @pytest.mark.slow
 def test_a_trace_of_some_steps_and_the_goodput(run_config):
-    seen = []
+    """In a process of its own: no trace is taken in one that has compiled for TPUs with a libtpu of another release."""
     config = run_config.replace(profile_steps=(2, 3))
-    train(config, on_metrics=lambda step, _: seen.append((step, len(traces(config)))))
-    assert seen[:4] == [(1, 0), (2, 0), (3, 1), (4, 1)], "written behind its last step"
+    seen = json.loads(in_process(config, "").stdout)
+    assert seen[:4] == [[1, 0], [2, 0], [3, 1], [4, 1]], "written behind its last step"
     shares = [m["goodput"] for m in read_metrics(config.output_dir)]
     assert 0 <= shares[0] < shares[-1] < 1, "the first step is mostly compilation"
 
 
-def traces(config):
-    return list((Path(config.output_dir) / "profile").rglob("*.xplane.pb"))
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install -e '.[aot]'")
+def test_a_trace_beside_another_libtpu_is_left_out(run_config):
+    """Its profiler is called by jax's in another form: a segmentation fault."""
+    loaded = """
+from pallas_kernels.analysis.compile import described_mesh
+described_mesh("v5e")
+"""
+    done = in_process(run_config.replace(profile_steps=(2, 3)), loaded)
+    wanted = re.search(r"libtpu==([\d.]+)", str(importlib.metadata.requires("jax")))
+    matches = f"{importlib.metadata.version('libtpu')}.".startswith(wanted[1])
+    assert json.loads(done.stdout)[-1] == [12, int(matches)]
+    assert ("no trace of step 2 on: libtpu" in done.stderr) is not matches
+
+
+def in_process(config, before):
+    """Trains in a new process, which runs `before` first; prints [step, traces written so far] of each step."""
+    path = Path(config.output_dir).with_name("config.pickle")
+    path.write_bytes(pickle.dumps(config))
+    code = f"""{before}
+import json, pathlib, pickle
+from glm45_jax.train import train
+config, seen = pickle.loads(pathlib.Path({str(path)!r}).read_bytes()), []
+traces = lambda: list((pathlib.Path(config.output_dir) / "profile").rglob("*.xplane.pb"))
+train(config, on_metrics=lambda step, _: seen.append((step, len(traces()))))
+print(json.dumps(seen))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
 
 
 def test_learns(reference):
