@@ -34,7 +34,7 @@ from glm45_jax.model.attention import (
     sequence_of,
 )
 from glm45_jax.model.decoder import embed, head_logits, rows_of
-from glm45_jax.model.layers import enter_tensor, rms_norm, rotary_tables, swiglu
+from glm45_jax.model.layers import FEW_ROWS, InStack, enter_tensor, rms_norm, rotary_tables, swiglu
 from glm45_jax.model.moe import moe_decode
 from glm45_jax.model.over_mesh import mesh_in_force, over_serving_mesh
 from glm45_jax.model.params import Params, layer_axes, merge, stacked_kinds, whole
@@ -214,7 +214,8 @@ def cached_layers(params, config, tokens, rotary, kv, attention, is_last: Any = 
 
     def layer(index, carry, kind, first, cut=False):
         h, kv = carry
-        module, experts_layer = _layer(params[kind], index, config, kind)
+        few = tokens.size <= FEW_ROWS and not local.live()
+        module, experts_layer = _layer(params[kind], index, config, kind, few)
         only = functools.partial(_only, chosen=is_last) if cut else None
         return cached_block(module, config, h, rotary, kv, attention, first + index, experts_layer, only)
 
@@ -253,20 +254,25 @@ def _only(x: Float[Array, "B s D"], chosen: Bool[Array, "B s"]) -> Float[Array, 
     return local.total(jnp.where(chosen[..., None], x, 0).sum(1, keepdims=True), SEQUENCE_AXES)
 
 
-def _layer(stacked: Params, index: Int[Array, ""], config: ModelConfig, kind: str) -> tuple[Any, Any]:
+def _layer(
+    stacked: Params, index: Int[Array, ""], config: ModelConfig, kind: str, few: bool = False
+) -> tuple[Any, Any]:
     """The module of one layer by number, and the number for its experts' op: their weights stay in the stack.
 
-    Not so where the rules cut experts' matrices only to store them, and they have to be gathered.
+    Not so where the rules cut experts' matrices only to store them, and they have to be gathered. For products of `few`
+    rows the other matrices stay there too.
     """
     stored = local.live(as_axes(rules_of(config)["embed"]))
 
-    def take(x):
+    def take(path, x):
         if is_quantized(x):
             one = Quantized(x.values, x.scales, index)
             return one.cut_out() if stored else one
+        if few and path[-1].key == "weight" and path[-2].key != "router":
+            return InStack(x, index)
         return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
-    take_all = functools.partial(jax.tree.map, take, is_leaf=is_quantized)
+    take_all = functools.partial(jax.tree_util.tree_map_with_path, take, is_leaf=is_quantized)
     axes = layer_axes(config, kind)
     if "moe" not in stacked or local.live(as_axes(rules_of(config)["expert_embed"])):
         return merge(config, kind, whole(take_all(stacked), config, axes)), None

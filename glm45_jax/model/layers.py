@@ -5,7 +5,9 @@ Axes: B batch, S sequence, D model, H heads, h head dim, O output features.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,12 +18,12 @@ from jaxtyping import Array, Float, Int
 from glm45_jax.config import ModelConfig
 from glm45_jax.model.quantized import Quantized, is_quantized
 from glm45_jax.parallel import local
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, native
 from pallas_kernels.grouped_matmul.quantised import SCALE_BLOCK
 from pallas_kernels.residuals import RESIDUAL
 
-_FEW_ROWS = 32
-_LARGE_WEIGHT = 1 << 18  # elements
+FEW_ROWS = 48  # of more XLA's products on a CPU are as quick as ours
+_LARGE_WEIGHT = 1 << 16  # elements
 _MOST_LAYER_OUTPUTS = 1 << 14  # a weight with more is the head
 
 
@@ -48,6 +50,10 @@ def linear(x: Float[Array, "*n I"], module: Any) -> Float[Array, "*n O"]:
 
 def product(x: Float[Array, "*n I"], weight: Any, dtype: Any = None) -> Float[Array, "*n O"]:
     """x @ weight.T of a matrix [O, I], or of a `Quantized` one, whose bytes are read as they lie."""
+    if isinstance(weight, InStack):
+        if weight.values.dtype == x.dtype:
+            return matmul_t(x, weight, dtype)
+        weight = weight.cut_out()
     if not is_quantized(weight):
         return matmul_t(x, weight.astype(x.dtype), dtype)
     if not weight.per_channel:
@@ -79,21 +85,46 @@ def _by_blocks(x: Float[Array, "*n I"], weight: Quantized, dtype: Any) -> Float[
     return jax.lax.platform_dependent(x, tpu=kernel, default=plain)
 
 
-def matmul_t(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any = None) -> Float[Array, "*n O"]:
-    """x @ weight.T, accumulated and returned in `dtype` (by default that of `x`)."""
-    if x.size == x.shape[-1]:
-        # One row: as vector times transposed matrix XLA for CPU reads a weight where it lies in a stack of layers; in
-        # any other form, or fused with its neighbours, it copies the weight first.
-        y = _unfused(jnp.matmul(_unfused(x.reshape(-1)), weight.T, preferred_element_type=dtype))
-        return y.reshape(*x.shape[:-1], -1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InStack:
+    """One layer's matrix [O, I], not cut out of the stack in which it lies: a CPU would copy it at every step."""
+
+    values: Float[Array, "L O I"]
+    layer: Int[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape[1:]
+
+    def cut_out(self) -> Float[Array, "O I"]:
+        return jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False)
+
+
+def matmul_t(x: Float[Array, "*n I"], weight: Any, dtype: Any = None) -> Float[Array, "*n O"]:
+    """x @ weight.T of a matrix [O, I] or `InStack`, accumulated and returned in `dtype` (by default that of `x`)."""
     plain = functools.partial(_contract, dtype=dtype)
-    if x.size > _FEW_ROWS * x.shape[-1] or weight.size < _LARGE_WEIGHT:
+    if x.size > FEW_ROWS * x.shape[-1] or math.prod(weight.shape) < _LARGE_WEIGHT:
         return plain(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=functools.partial(_weight_first, dtype=dtype), default=plain)
+    return jax.lax.platform_dependent(x, weight, cpu=functools.partial(_few_rows, dtype=dtype), default=plain)
 
 
-def _contract(a: Float[Array, "*n I"], b: Float[Array, "O I"], dtype: Any) -> Float[Array, "*n O"]:
-    return jax.lax.dot_general(a, b, (((a.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+def _contract(x: Float[Array, "*n I"], weight: Any, dtype: Any) -> Float[Array, "*n O"]:
+    weight = weight.cut_out() if isinstance(weight, InStack) else weight
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _few_rows(x: Float[Array, "*n I"], weight: Any, dtype: Any) -> Float[Array, "*n O"]:
+    """On a CPU, where XLA packs a matrix anew for each product: the rows are the one group of a grouped one."""
+    if not native.available():
+        return _weight_first(x, weight.cut_out() if isinstance(weight, InStack) else weight, dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    stack, layer = (weight.values, weight.layer) if isinstance(weight, InStack) else (weight[None], 0)
+    y = grouped_matmul(
+        rows, stack[:, None], jnp.full(1, rows.shape[0], jnp.int32), layer=layer, transpose_rhs=True,
+        preferred_element_type=dtype, implementation=("native", "cpu"),
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _weight_first(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: Any) -> Float[Array, "*n O"]:
@@ -106,13 +137,6 @@ def _weight_first(x: Float[Array, "*n I"], weight: Float[Array, "O I"], dtype: A
     parts = [weight] if out > _MOST_LAYER_OUTPUTS else jnp.array_split(weight, 2)
     y = jnp.concatenate([_contract(part, rows, dtype) for part in parts])
     return y.T.reshape(*x.shape[:-1], out)
-
-
-def _unfused(x: Float[Array, " n"]) -> Float[Array, " n"]:
-    """`x`, so that XLA for CPU does not fuse what makes it with what uses it (it drops optimisation barriers early)."""
-    same = lambda x: x  # noqa: E731
-    branch = lambda x: jax.lax.cond(x[0] == x[0], same, lambda x: x * jnp.nan, x)  # noqa: E731  NaN stays NaN
-    return jax.lax.platform_dependent(x, cpu=branch, default=same)
 
 
 def swiglu(x: Float[Array, "*n D"], mlp: Any) -> Float[Array, "*n D"]:

@@ -46,16 +46,19 @@ ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* ga
   std::unique_ptr<float[]> inner(new float[rows * width]);
   for (int64_t row = 0; row < rows; ++row) hidden[row] = inner.get() + row * width;
 
-  const int64_t inner_blocks = blocks(width);
-  parallel(pool, static_cast<int64_t>(chosen.size()) * inner_blocks, [&](int64_t i) {
+  const int64_t inner_blocks = blocks(width), pieces = static_cast<int64_t>(chosen.size()) * inner_blocks;
+  auto piece_of = [&](const T* matrices, int64_t i) {
+    return i < pieces ? matrices + (chosen[i / inner_blocks].expert * width + i % inner_blocks * kBlock) * dim : nullptr;
+  };
+  parallel(pool, pieces, [&](int64_t i) {
     const Chosen& one = chosen[i / inner_blocks];
     const int64_t first = i % inner_blocks * kBlock, last = std::min(first + kBlock, width), size = last - first;
     std::vector<float> ups(one.rows * kBlock);
     float* mine = inner.get() + one.first * width;
     const int64_t matrix = one.expert * width * dim;
-    products(&in[one.first], one.rows, gate + matrix, dim, dim, first, last,
+    products(&in[one.first], one.rows, gate + matrix, dim, dim, first, last, piece_of(up, i),
              [&](int64_t m, int64_t n, float value) { mine[m * width + n] = value; });
-    products(&in[one.first], one.rows, up + matrix, dim, dim, first, last,
+    products(&in[one.first], one.rows, up + matrix, dim, dim, first, last, piece_of(gate, i + 1),
              [&](int64_t m, int64_t n, float value) { ups[m * kBlock + n - first] = value; });
     for (int64_t m = 0; m < one.rows; ++m) {
       float* at = mine + m * width + first;
@@ -66,9 +69,12 @@ ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* ga
   parallel(pool, blocks(dim), [&](int64_t i) {
     const int64_t first = i * kBlock, last = std::min(first + kBlock, dim);
     for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * dim + first, out + t * dim + last, 0.0f);
-    for (const Chosen& one : chosen)
-      products(&hidden[one.first], one.rows, down + one.expert * width * dim, width, width, first, last,
+    for (size_t c = 0; c < chosen.size(); ++c) {
+      const Chosen& one = chosen[c];
+      const T* after = c + 1 < chosen.size() ? down + (chosen[c + 1].expert * dim + first) * width : nullptr;
+      products(&hidden[one.first], one.rows, down + one.expert * width * dim, width, width, first, last, after,
                [&](int64_t m, int64_t n, float value) { out[token[one.first + m] * dim + n] += value; });
+    }
   });
   return ffi::Error::Success();
 }
@@ -89,19 +95,24 @@ ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* fi
   }
   std::fill(out + at * columns, out + rows * columns, 0.0f);
 
-  const int64_t pieces = blocks(columns);
-  parallel(pool, static_cast<int64_t>(chosen.size()) * pieces, [&](int64_t i) {
-    const Chosen& one = chosen[i / pieces];
-    const int64_t first = i % pieces * kBlock, last = std::min(first + kBlock, columns);
+  const int64_t of_each = blocks(columns), pieces = static_cast<int64_t>(chosen.size()) * of_each;
+  auto piece_of = [&](const T* matrices, int64_t i) {
+    return i < pieces ? matrices + (chosen[i / of_each].expert * columns + i % of_each * kBlock) * inputs : nullptr;
+  };
+  parallel(pool, pieces, [&](int64_t i) {
+    const Chosen& one = chosen[i / of_each];
+    const int64_t first = i % of_each * kBlock, last = std::min(first + kBlock, columns);
     const int64_t matrix = one.expert * columns * inputs;
     std::vector<float> ups(second_matrices ? kPanel * kBlock : 0);
     for (int64_t start = one.first; start < one.first + one.rows; start += kPanel) {
       const int64_t count = std::min(kPanel, one.first + one.rows - start);
       float* mine = out + start * columns;
+      const T* after = piece_of(first_matrices, i + 1);
       products(&in[start], count, first_matrices + matrix, inputs, inputs, first, last,
+               second_matrices ? piece_of(second_matrices, i) : after,
                [&](int64_t m, int64_t n, float value) { mine[m * columns + n] = value; });
       if (!second_matrices) continue;
-      products(&in[start], count, second_matrices + matrix, inputs, inputs, first, last,
+      products(&in[start], count, second_matrices + matrix, inputs, inputs, first, last, after,
                [&](int64_t m, int64_t n, float value) { ups[m * kBlock + n - first] = value; });
       for (int64_t m = 0; m < count; ++m) swiglu(mine + m * columns + first, &ups[m * kBlock], last - first);
     }

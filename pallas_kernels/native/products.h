@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -25,6 +26,7 @@ constexpr int kLanes = 8, kRows = 3, kOutputs = 4;
 #else
 constexpr int kLanes = 4, kRows = 4, kOutputs = 4;
 #endif
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -89,18 +91,27 @@ inline Vec exp(Vec x) {
   return p * reinterpret_cast<Vec&>(bits);
 }
 
-// M rows times N outputs: out[m][n] = sum over k of a[m][k] w[n * stride + k]. What lies a tile further on is fetched.
+// What to bring near while something else is computed: `bytes` at each step, up to `end`.
+struct Fetch {
+  const char *at, *end;
+  int64_t bytes;
+
+  void step() {
+    for (const char* last = std::min(at + bytes, end); at < last; at += kLine) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// M rows times N outputs: out[m][n] = sum over k of a[m][k] w[n * stride + k].
 template <int M, int N, class T>
-inline void tile(const float* const* a, const T* w, int64_t stride, int64_t size, float (*out)[kOutputs]) {
+inline void tile(const float* const* a, const T* w, int64_t stride, int64_t size, Fetch& fetch,
+                 float (*out)[kOutputs]) {
   Vec totals[M][N] = {};
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
+    fetch.step();
     Vec b[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      b[n] = load(w + n * stride + k);
-      __builtin_prefetch(w + (n + N) * stride + k);
-    }
+    for (int n = 0; n < N; ++n) b[n] = load(w + n * stride + k);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       Vec x = load(a[m] + k);
@@ -120,35 +131,49 @@ inline void tile(const float* const* a, const T* w, int64_t stride, int64_t size
 }
 
 template <int N, class T>
-inline void tile(int rows, const float* const* a, const T* w, int64_t stride, int64_t size, float (*out)[kOutputs]) {
+inline void tile(int rows, const float* const* a, const T* w, int64_t stride, int64_t size, Fetch& fetch,
+                 float (*out)[kOutputs]) {
   switch (rows) {
-    case 1: return tile<1, N>(a, w, stride, size, out);
-    case 2: return tile<2, N>(a, w, stride, size, out);
-    case 3: return tile<3, N>(a, w, stride, size, out);
-    case 4: return tile<std::min(4, kRows), N>(a, w, stride, size, out);
-    case 5: return tile<std::min(5, kRows), N>(a, w, stride, size, out);
-    default: return tile<kRows, N>(a, w, stride, size, out);
+    case 1: return tile<1, N>(a, w, stride, size, fetch, out);
+    case 2: return tile<2, N>(a, w, stride, size, fetch, out);
+    case 3: return tile<3, N>(a, w, stride, size, fetch, out);
+    case 4: return tile<std::min(4, kRows), N>(a, w, stride, size, fetch, out);
+    case 5: return tile<std::min(5, kRows), N>(a, w, stride, size, fetch, out);
+    default: return tile<kRows, N>(a, w, stride, size, fetch, out);
   }
 }
 
 // store(m, n, value) for rows a[0 : rows] and outputs [first, last) of w. A tile of rows stays in the first cache, the
 // outputs' weights in the second: a few dozen of them at a time are best.
+//
+// Memory never rests: while the first tile of rows goes along the weights, the next outputs' are fetched, and while the
+// other tiles do, as many bytes of `ahead`, which is read next.
 template <class T, class Store>
 void products(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
-              Store store) {
+              const T* ahead, Store store) {
   float out[kRows][kOutputs];
-  for (int64_t m = 0; m < rows; m += kRows) {
-    const int some = static_cast<int>(std::min<int64_t>(kRows, rows - m));
+  const int64_t tiles = (rows + kRows - 1) / kRows, a_step = kOutputs * kLanes * sizeof(T);
+  auto from = [&](const T* at, int64_t count) {
+    const char* begin = reinterpret_cast<const char*>(at);
+    return Fetch{begin, at ? begin + count * stride * static_cast<int64_t>(sizeof(T)) : begin, a_step};
+  };
+  Fetch fetch = from(w + (first + kOutputs) * stride, last - first - kOutputs), later = from(ahead, last - first);
+  later.bytes = std::max<int64_t>(kLine, a_step / std::max<int64_t>(1, tiles - 1));
+  for (int64_t t = 0, m = 0; t < tiles; ++t) {
+    const int some = static_cast<int>((rows - m + tiles - t - 1) / (tiles - t));
     for (int64_t n = first; n < last;) {
       const int outputs = last - n >= kOutputs ? kOutputs : 1;
+      if (t == 0 && n + kOutputs >= last) fetch = later, fetch.bytes = a_step;
       if (outputs == 1)
-        tile<1>(some, a + m, w + n * stride, stride, size, out);
+        tile<1>(some, a + m, w + n * stride, stride, size, fetch, out);
       else
-        tile<kOutputs>(some, a + m, w + n * stride, stride, size, out);
+        tile<kOutputs>(some, a + m, w + n * stride, stride, size, fetch, out);
       for (int i = 0; i < some; ++i)
         for (int j = 0; j < outputs; ++j) store(m + i, n + j, out[i][j]);
       n += outputs;
     }
+    fetch.bytes = later.bytes;
+    m += some;
   }
 }
 
@@ -164,22 +189,29 @@ inline void swiglu(float* x, const float* y, int64_t size) {
 
 // work(i) for all i below `count`, on the threads of the pool and this one; returns when all are done.
 //
-// A thread that comes late finds nothing left to do and touches no `work`, which may be gone by then.
+// Each thread begins with a share of its own, whose pieces follow one another, and then takes of the others'. One that
+// comes late finds nothing left to do and touches no `work`, which may be gone by then.
 template <class Work>
 void parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), count));
   struct State {
-    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<int64_t> done{0};
+    std::vector<std::atomic<int64_t>> next;
   };
   auto state = std::make_shared<State>();
-  auto run = [state, count, &work] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      work(i);
-      state->done.fetch_add(1, std::memory_order_release);
+  state->next = std::vector<std::atomic<int64_t>>(threads);
+  for (int64_t t = 0; t < threads; ++t) state->next[t] = count * t / threads;
+  auto run = [state, count, threads, &work](int64_t mine) {
+    for (int64_t other = 0; other < threads; ++other) {
+      const int64_t share = (mine + other) % threads, end = count * (share + 1) / threads;
+      for (int64_t i; (i = state->next[share].fetch_add(1)) < end;) {
+        work(i);
+        state->done.fetch_add(1, std::memory_order_release);
+      }
     }
   };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
-  run();
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([run, t] { run(t); });
+  run(0);
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 

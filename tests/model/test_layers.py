@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import glm45_jax as glm
 from glm45_jax.model import layers
-from glm45_jax.model.layers import matmul_t, rms_norm, rotary_tables, rotate
-from tests.support import small_config
+from glm45_jax.model.layers import InStack, matmul_t, rms_norm, rotary_tables, rotate
+from pallas_kernels import native
+from tests.support import random_params, small_config
 
 
 def test_rms_norm_multiplies_after_the_cast() -> None:
@@ -27,10 +29,15 @@ def test_rms_norm_multiplies_after_the_cast() -> None:
     assert (ours == after).mean() > 0.99 and (ours == before).mean() < 0.9
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("outputs", [513, 20000])
-@pytest.mark.parametrize("shape", [(1, 1, 512), (4, 3, 512), (33, 512)])
-def test_few_rows_times_a_large_weight(shape: tuple[int, ...], outputs: int) -> None:
-    """Each way through `matmul_t`, with gradients, against float64."""
+@pytest.mark.parametrize("shape", [(1, 1, 512), (4, 3, 512), (49, 512)])
+def test_few_rows_times_a_large_weight(
+    shape: tuple[int, ...], outputs: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way through `matmul_t`, with gradients, against float64; without a C++ compiler too."""
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
     rng = np.random.default_rng(0)
     shapes = (shape, (outputs, 512), (*shape[:-1], outputs))
     x, weight, target = (rng.standard_normal(s).astype(np.float32) for s in shapes)
@@ -42,6 +49,8 @@ def test_few_rows_times_a_large_weight(shape: tuple[int, ...], outputs: int) -> 
     np.testing.assert_allclose(slopes[0], exact[2] @ exact[1], atol=1e-2)
     np.testing.assert_allclose(slopes[1], exact[2].reshape(-1, outputs).T @ exact[0].reshape(-1, 512), atol=1e-3)
     half = [jnp.asarray(a, jnp.bfloat16) for a in (x, weight)]
+    stack = jnp.stack([jnp.zeros_like(weight), jnp.asarray(weight)])
+    np.testing.assert_array_equal(jax.jit(matmul_t)(x, InStack(stack, jnp.int32(1))), jax.jit(matmul_t)(x, weight))
     assert matmul_t(*half).dtype == jnp.bfloat16 and matmul_t(*half, jnp.float32).dtype == jnp.float32
 
 
@@ -64,3 +73,20 @@ def test_angles_stay_float32_under_bfloat16() -> None:
     for exact, rounded in zip(*tables):
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(rounded, np.float32), exact, atol=4e-3)
+
+
+def test_a_decode_step_on_a_cpu_reads_matrices_where_they_lie() -> None:
+    """Cut out of its stack, each would be copied at every step; experts', and those of attention and of the MLPs."""
+    if not native.available():
+        pytest.skip("no C++ compiler on this machine")
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 320, "moe_intermediate_size": 384}
+    config = small_config(**sizes, first_k_dense_replace=2, num_hidden_layers=4)
+    params, cache = random_params(config), glm.init_cache(config, 2, 8)
+    step = jax.jit(lambda p, c, t: glm.decode_step(p, config, c, t)).lower(params, cache, np.zeros(2, np.int32))
+    text = step.compile().as_text()
+    assert text.count('custom_call_target="glm45_grouped"') >= 10 and "glm45_fused_moe" in text
+    shapes = {x.shape[1:] for kind in ("dense_layers", "moe_layers") for x in jax.tree.leaves(params[kind])}
+    large = {shape for shape in shapes if np.prod(shape) >= layers._LARGE_WEIGHT}
+    assert len(large) >= 5
+    for shape in large:
+        assert f"f32[1,{','.join(map(str, shape))}]" not in text, f"a matrix of {shape} was cut out"
