@@ -1,8 +1,8 @@
 """Whether drafts pay: what a step with them takes, and how many of them hold.
 
-A draft that holds is a token for the price of reading one more in the same step; the MTP layer that makes drafts, the
-further tokens' experts, and that nothing is planned ahead are what it costs. Which is more depends on the machine, the
-load and the text, so both are measured in service.
+A draft that holds is a token for the price of reading one more in the same step; the MTP layer that makes drafts, and
+the further tokens' experts, are what it costs. Which is more depends on the machine, the load and the text, so both are
+measured, at the start and in service.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Drafting:
         self.most, self.chance = most, _FIRST_GUESS
         self.given = self.accepted = 0
         self._seconds: dict[tuple[bool, int], float] = {}
+        self._at_start: dict[int, tuple[float, float]] = {}
         self._begun_without = 0
 
     def saw(self, given: int, accepted: int) -> None:
@@ -36,16 +37,22 @@ class Drafting:
         for held in [True] * accepted + [False] * (accepted < given):
             self.chance += _SLOWLY * (held - self.chance)
 
+    def timed_at_start(self, rows: int, plain: float, drafted: float) -> None:
+        """How long steps took without requests, seconds: what counts until both kinds have been seen in service."""
+        self._at_start[rows] = plain, drafted
+
     def timed(self, rows: int, seconds: float, *, drafts: bool) -> None:
         """How long a step of `rows` decoding sequences took."""
         before = self._seconds.get((drafts, rows), seconds)
         self._seconds[drafts, rows] = before + _QUICKLY * (seconds - before)
 
     def pays(self, rows: int) -> bool:
-        """For `rows` sequences decoding together; yes, as long as it is not known."""
+        """For `rows` sequences decoding together; yes, as long as nothing is known."""
         plain, drafted = (self._seconds.get((drafts, rows)) for drafts in (False, True))
-        if not self.most or plain is None or drafted is None:
-            return self.most > 0
+        if plain is None or drafted is None:
+            plain, drafted = self._at_start.get(rows, (1.0, 0.0))
+        if not self.most:
+            return False
         return plain * sum(self.chance**i for i in range(self.most + 1)) > _MARGIN * drafted
 
     def begins_with_drafts(self, rows: int) -> bool:

@@ -46,6 +46,7 @@ from glm45_jax.model import Params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
+_TIMED_STEPS = 8  # at the start, of each kind and number of rows
 _FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
@@ -290,7 +291,8 @@ class Engine:
     def _make_programs(self, params: Params) -> Programs:
         o, vocab_size = self.options, real_vocab_size(self.config, self.tokenizer)
         sample = sample_for(o.cache_dtype, self.config, self.tokenizer)
-        sizes = Sizes(o.slots, self._pool.count + 1, o.page_size, o.cache_dtype, vocab_size, sample)  # a page to spare
+        pages = self._pool.count + 1  # one to spare
+        sizes = Sizes(o.slots, o.drafts, pages, o.page_size, o.cache_dtype, vocab_size, sample)
         others = [] if self._mesh.empty else others_of(self._mesh)
         if others:
             return Leading(params, self.config, sizes, others, self._end_all)
@@ -358,11 +360,12 @@ class Engine:
 
     def _weigh_drafts(self) -> None:
         """Ends drafting where it does not pay; for good, since the MTP layer will not have read what comes now."""
-        running = [s for s in self._scheduler.running if s.drafting]
-        if running and not self._drafting.pays(self.options.rows(len(self._scheduler.running))):
-            for sequence in running:
-                if sequence.answered > _FAIR_TRIAL and not sequence.pending:  # else its last token may be a draft
-                    sequence.drafting, sequence.drafts = False, []
+        running = self._scheduler.running
+        pays = self._drafting.pays(self.options.rows(len(running)))
+        self._scheduler.drafts_ahead = pays  # else all tokens are soon known, and a sequence can go on without drafts
+        for sequence in running if not pays else ():
+            if sequence.drafting and sequence.answered > _FAIR_TRIAL and not sequence.pending:
+                sequence.drafting, sequence.drafts = False, []
         self._scheduler.most_drafts = self._drafting.worth_reading
 
     # --- one step --------------------------------------------------------------------------------------------------
@@ -381,7 +384,8 @@ class Engine:
         return _Flight(parts, requests, outcome, began)
 
     def _reading(self, parts: list[Part], rows: int, tokens: int) -> Reading:
-        return Reading(**arrays_of(parts, rows, tokens, self._width, self.options.slots, self._pool.count))
+        o = self.options
+        return Reading(**arrays_of(parts, rows, tokens, self._width, o.slots, self._pool.count, o.drafts))
 
     def _step(
         self, reading: Reading, parts: list[Part], requests: list[Request], most: int, kind: Kind, top: bool
@@ -464,6 +468,25 @@ class Engine:
                     self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
         self._constraints.prepare()
         self._programs.wait()
+        if self.options.drafts:
+            self._time_drafts()
+
+    def _time_drafts(self) -> None:
+        """Of each number of rows a few steps without drafts and with them; they write to the spare page."""
+        for rows in self.options.all_rows():
+            seconds = []
+            for most in (0, self.options.drafts):
+                width = 1 + most
+                reading = self._reading([], rows, rows * width)._replace(
+                    starts=np.arange(rows + 1, dtype=np.int32) * width, lengths=np.full(rows, width, np.int32),
+                    drafts=np.full(rows, most, np.int32), chooses=np.ones(rows, bool), num_rows=np.int32(rows),
+                )  # fmt: skip
+                began = time.monotonic()
+                for _ in range(_TIMED_STEPS):
+                    self._step(reading, [], [], most, "plain", top=False)
+                self._programs.wait()
+                seconds.append((time.monotonic() - began) / _TIMED_STEPS)
+            self._drafting.timed_at_start(rows, *seconds)
 
 
 def _top(request: Request, top: list[np.ndarray] | None, first: int, count: int) -> list[Top]:

@@ -53,14 +53,18 @@ class EngineOptions:
         n, r = min((n, r) for r, n in self.sizes(most) if r >= rows and n >= tokens)
         return r, n
 
+    def all_rows(self) -> Iterator[int]:
+        """Of the programs that only decode."""
+        return _doubling(1, self.slots)
+
     def rows(self, rows: int) -> int:
         """Of the program that decodes so many sequences."""
-        return next(r for r in _doubling(1, self.slots) if r >= min(rows, self.slots))
+        return next(r for r in self.all_rows() if r >= min(rows, self.slots))
 
     def sizes(self, most: int) -> Iterator[tuple[int, int]]:
         """For decoding as many tokens as rows and their drafts; for prompts few rows or all."""
         slots, last = self.slots, self.step_tokens
-        for rows in _doubling(1, slots):
+        for rows in self.all_rows():
             yield rows, rows * (1 + most)
         for tokens in _doubling(_LEAST_TOKENS, last) if last > _LEAST_TOKENS else (last,):
             for rows in sorted({min(_FEW_ROWS, slots), slots}):

@@ -7,6 +7,7 @@ device, which is how several processes serve one model (`following.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm45_jax.config import ModelConfig
+from glm45_jax.infer import steps
 from glm45_jax.infer.calibrate import cache_scales
 from glm45_jax.infer.sampling import SamplingParams
 from glm45_jax.infer.score import Scored, score
 from glm45_jax.infer.settings import without_biases
-from glm45_jax.infer.steps import Chosen, Drafted, Likeliest, Reading, Special, choose, draft, likeliest, read
+from glm45_jax.infer.steps import Chosen, Drafted, Likeliest, Read, Reading, Slots, Special
 from glm45_jax.model import Params, init_pages
 from glm45_jax.model.paged import QuantizedPages
 
@@ -36,6 +38,7 @@ class Sizes:
     """
 
     slots: int
+    drafts: int
     pages: int
     page_size: int
     cache_dtype: str | None
@@ -51,19 +54,49 @@ class Outcome(NamedTuple):
     likeliest: Likeliest | None
 
 
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
+def _read(params: Params, config: ModelConfig, pages: Any, slots: Slots, flat: Any, sizes: Any, most: int) -> Read:
+    return steps.read(params, config, pages, slots, Reading.unpacked(flat, sizes), most=most)
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _choose(done: Any, slots: Slots, sampling: Any, flat: Any, vocab_size: Any, special: Any, sizes: Any) -> Chosen:
+    return steps.choose(done[0], slots, sampling, _as_read(flat, sizes, done), vocab_size, special)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
+def _draft(
+    params: Params, config: ModelConfig, pages: Any, hidden: Any, done: Any, chosen: Chosen, sampling: Any, flat: Any,
+    vocab_size: Any, sizes: Any, most: int,
+) -> Drafted:  # fmt: skip
+    reading, sampling = _as_read(flat, sizes, done), without_biases(sampling)
+    args = hidden, chosen.slots, chosen.tokens, sampling, reading, vocab_size
+    return steps.draft(params, config, pages, *args, most=most)
+
+
+_likeliest = jax.jit(steps.likeliest)
+
+
+def _as_read(flat: Any, sizes: tuple[int, int, int], done: tuple[Any, Any, Any]) -> Reading:
+    """What a step has read; `done`: its logits, tokens and lengths."""
+    return Reading.unpacked(flat, sizes)._replace(tokens=done[1], lengths=done[2])
+
+
 class Programs:
-    """Parameters, pages and each slot's last token. A step is `read`, then `choose`."""
+    """Parameters, pages, and what each slot's last step has left. A step is `read`, then `choose`."""
 
     def __init__(self, params: Params, config: ModelConfig, sizes: Sizes):
         self.params, self.config, self.sizes = params, config, sizes
         self._vocab_size = np.int32(sizes.vocab_size)
+        self._kept: tuple[SamplingParams, SamplingParams] | None = None
 
     def prepare(self) -> None:
         """Makes empty pages, over the mesh in force."""
         sizes, config = self.sizes, self.config
         make = lambda scales: init_pages(config, sizes.pages, sizes.page_size, sizes.cache_dtype, scales)  # noqa: E731
         self._pages = _spread(make, self._scales(), by_heads=True)
-        self._last = _spread(lambda _: jnp.zeros(sizes.slots, jnp.int32), None)
+        zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+        self._slots = _spread(lambda _: Slots(zeros(sizes.slots, 1 + sizes.drafts), zeros(sizes.slots)), None)
 
     def _scales(self) -> jax.Array | None:
         if not self.sizes.sample or self.sizes.cache_dtype is None:
@@ -73,10 +106,9 @@ class Programs:
 
     def read(self, reading: Reading, most: int) -> None:
         """Reads a step's tokens; up to `most` drafts follow each row's last."""
-        self._reading, self._most = reading, most
-        self._logits, self._hidden, self._pages = read(
-            self.params, self.config, self._pages, self._last, reading, most=most
-        )
+        self._flat, self._sizes, self._most = reading.packed(), reading.sizes, most
+        done = _read(self.params, self.config, self._pages, self._slots, self._flat, sizes=reading.sizes, most=most)
+        self._done, self._hidden, self._pages = (done.logits, done.tokens, done.lengths), done.hidden, done.pages
 
     def choose(self, sampling: SamplingParams, special: Special | None, top: bool) -> Outcome:
         """What comes after the tokens that were read last.
@@ -84,16 +116,25 @@ class Programs:
         Args:
           top: the likeliest tokens are wanted too.
         """
-        vocab, reading, drafted = self._vocab_size, self._reading, None
-        chosen = choose(self._logits, self._last, sampling, reading, vocab, special)
-        self._last = chosen.last
-        likely = likeliest(self._logits, vocab) if top else None
+        vocab, flat, done, drafted = self._vocab_size, self._flat, self._done, None
+        sampling = self._resident(sampling)
+        chosen = _choose(done, self._slots, sampling, flat, vocab, special, sizes=self._sizes)
+        self._slots = chosen.slots
+        likely = _likeliest(done[0], vocab) if top else None
         if self._hidden is not None:
-            args = self._pages, self._hidden, chosen.tokens, without_biases(sampling), reading, vocab
-            drafted = draft(self.params, self.config, *args, most=self._most)
-            self._pages = drafted.pages
-        self._logits = self._hidden = None
+            args = self._pages, self._hidden, done, chosen, sampling, flat, vocab
+            drafted = _draft(self.params, self.config, *args, sizes=self._sizes, most=self._most)
+            self._slots, self._pages = drafted.slots, drafted.pages
+        self._done = self._hidden = None
         return Outcome(chosen, drafted, likely)
+
+    def _resident(self, sampling: SamplingParams) -> SamplingParams:
+        """On the device, where one alone computes: mostly a step has the settings of the one before."""
+        if not jax.sharding.get_mesh().empty and jax.device_count() > 1:
+            return sampling
+        if self._kept is None or self._kept[0] is not sampling:
+            self._kept = sampling, jax.device_put(sampling)
+        return self._kept[1]
 
     def score(self, tokens: np.ndarray) -> Scored:
         """How likely a text is: no step, and nothing of it stays."""
@@ -115,7 +156,7 @@ class Programs:
     @staticmethod
     def compiled() -> int:
         """How many programs of steps have been compiled so far."""
-        return sum(f._cache_size() for f in (read, choose, draft, likeliest))  # pyright: ignore[reportFunctionMemberAccess]
+        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _spread(make: Callable[[Any], Any], of: Any, by_heads: bool = False) -> Any:

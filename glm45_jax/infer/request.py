@@ -64,7 +64,7 @@ class Request:
         self.error: str | None = None
         self._cancel = cancel
         self._deltas: collections.deque[Delta] = collections.deque()
-        self._changed = threading.Condition()
+        self._changed, self._ended = threading.Condition(), threading.Event()
         self._wake: Callable[[], None] = lambda: None
 
     @property
@@ -87,9 +87,8 @@ class Request:
         Raises:
           UserError: the request could not be served. TimeoutError: it has not ended after `timeout` seconds.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.finish_reason is not None, timeout):
-                raise TimeoutError(f"the request has not ended after {timeout} s")
+        if not self._ended.wait(timeout):  # and is not woken by each token
+            raise TimeoutError(f"the request has not ended after {timeout} s")
         if self.finish_reason == "error":
             raise UserError(str(self.error))
         cut = self.sequence.prompt_length
@@ -128,5 +127,7 @@ class Request:
             self.finish_reason, self.error = delta.finish_reason, delta.error
             self._deltas.append(delta)
             self._changed.notify_all()
+        if delta.finish_reason is not None:
+            self._ended.set()
         with contextlib.suppress(RuntimeError):  # the event loop that listened is closed
             self._wake()

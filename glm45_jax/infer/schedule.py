@@ -1,8 +1,10 @@
 """Which tokens of which sequences a step reads: prompts in chunks and decoding sequences side by side.
 
 A step is planned before the one before it has ended: what a sequence's last token will be is not known then, only that
-there will be one. It stays on the device, in the sequence's slot, from where the next step takes it. A step that was
-planned for a sequence that turns out to have ended is in vain; what it wrote no one reads.
+there will be one. It stays on the device, in the sequence's slot, from where the next step takes it. With drafts there
+may be several new ones, and how many of them held stays there too: the next step is planned as if none had, with pages
+for the case that all do. A step that was planned for a sequence that turns out to have ended is in vain; what it wrote
+no one reads.
 
 Every step decodes all sequences that can go on, and fills up with prompts, first come, first served. Where a sequence
 finds no page for its next token, the one that came last gives its pages back and begins anew, with its answer so far,
@@ -20,7 +22,7 @@ import numpy as np
 
 from glm45_jax.infer.pages import Pages, digests_of
 
-_NOWHERE = -1
+_NOWHERE = _UNKNOWN = -1
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,10 +33,10 @@ class Sequence:
       limit: tokens of the answer at most.
       tokens: prompt and answer, as far as they are known.
       pending: tokens that have been planned and are not known yet.
-      cached: tokens whose keys and values are in pages, or will be by the steps planned so far.
+      cached: tokens whose keys and values are in pages, or will be by the steps planned so far if no draft holds.
       alone: nothing is planned ahead: how a token is chosen depends on the one before (penalties, grammars).
-      drafting: its tokens are drafted ahead; nothing is planned ahead either, since how many of them hold is not known.
-      drafts: what may come after `tokens`.
+      drafting: its tokens are drafted ahead.
+      drafts: what may come after `tokens`, while nothing is pending.
       salt: sequences share pages with those of the same alone: only these hold what the MTP layer reads too.
       found: tokens of the prompt that pages of others held already.
     """
@@ -69,13 +71,17 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a step reads of one sequence: `count` tokens, drafts behind them, and whether it chooses what comes then."""
+    """What a step reads of one sequence: `count` tokens, drafts behind them, and whether it chooses what comes then.
+
+    With `ahead` the step before is to say which drafts, and how many of its own stand before `first`.
+    """
 
     sequence: Sequence
     first: int
     count: int
     drafts: tuple[int, ...]
     chooses: bool
+    ahead: bool = False
 
     @property
     def size(self) -> int:
@@ -87,11 +93,13 @@ class Scheduler:
 
     Attributes:
       most_drafts: read behind a sequence's tokens.
+      drafts_ahead: whether steps with drafts are planned before the one before has ended.
       preempted: how often a sequence had to begin anew.
     """
 
     def __init__(self, pages: Pages, slots: int, tokens: int, drafts: int = 0):
-        self.pages, self.most_tokens, self.most_drafts = pages, tokens, drafts
+        self.pages, self.most_tokens, self.most_drafts, self._drafts = pages, tokens, drafts, drafts
+        self.drafts_ahead = True
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []  # by number: first come, first served
         self.preempted = 0
@@ -109,7 +117,7 @@ class Scheduler:
             if sequence.slot == _NOWHERE or room == 0 or not self._goes_on(sequence):
                 continue
             part = self._next(sequence, room)
-            if self._make_room(sequence, part.size, parts):
+            if self._make_room(sequence, part.size + self._uncertain(sequence), parts):
                 parts.append(self._planned(part))
                 room -= part.size
             else:
@@ -151,16 +159,24 @@ class Scheduler:
     # --- what a sequence needs -------------------------------------------------------------------------------------
 
     def _goes_on(self, sequence: Sequence) -> bool:
-        if sequence.unread == 0 or sequence.answered >= sequence.limit:
+        if sequence.unread == 0 or sequence.answered + self._uncertain(sequence) >= sequence.limit:
             return False
-        return sequence.pending == 0 or (sequence.pending == 1 and not (sequence.alone or sequence.drafting))
+        waits = sequence.alone or (sequence.drafting and not self.drafts_ahead)
+        return sequence.pending == 0 or (sequence.pending == 1 and not waits)
+
+    def _uncertain(self, sequence: Sequence) -> int:
+        """Tokens that a planned step may give besides the one that is sure."""
+        return self._drafts if sequence.drafting and sequence.pending else 0
 
     def _next(self, sequence: Sequence, room: int) -> Part:
         count = min(sequence.unread, room)
-        chooses, drafts = count == sequence.unread, 0
-        if chooses and sequence.drafting:
-            drafts = max(0, min(self.most_drafts, sequence.limit - sequence.answered - 1, room - count))
-        return Part(sequence, sequence.cached, count, tuple(sequence.drafts[:drafts]), chooses)
+        chooses = count == sequence.unread
+        if not (chooses and sequence.drafting):
+            return Part(sequence, sequence.cached, count, (), chooses)
+        left = sequence.limit - sequence.answered - self._uncertain(sequence) - 1
+        most = max(0, min(self.most_drafts, left, room - count))
+        drafts = (_UNKNOWN,) * most if sequence.pending else tuple(sequence.drafts[:most])
+        return Part(sequence, sequence.cached, count, drafts, True, ahead=sequence.pending > 0)
 
     def _planned(self, part: Part) -> Part:
         part.sequence.cached += part.count
@@ -231,24 +247,27 @@ class Scheduler:
 
 
 def arrays_of(
-    parts: Iterable[Part], rows: int, tokens: int, width: int, slots: int, spare: int
+    parts: Iterable[Part], rows: int, tokens: int, width: int, slots: int, spare: int, most: int = 0
 ) -> dict[str, np.ndarray]:
     """A step's parts as arrays for `rows` rows, `tokens` tokens and page tables `width` wide.
 
     Args:
       spare: a page of no sequence, for places that have none.
+      most: drafts that a slot has room for.
 
     Returns:
-      tokens [N], and from_slot [N]: the slot whose last token stands there, -1 where `tokens` has it; following [N]:
-      the token after each, where it is known already; starts [R + 1], lengths [R], drafts [R], page_table [R, P],
-      num_rows; to_slot [R]: where the chosen token goes, `slots` for nowhere; chooses [R].
+      tokens [N], and from_slot [N]: where in [slots, 1 + most], each slot's last token and its drafts, the one lies
+      that stands there, -1 where `tokens` has it; following [N]: the token after each, where it is known already;
+      starts [R + 1], lengths [R], drafts [R], page_table [R, P], num_rows; to_slot [R]: where the chosen token goes,
+      `slots` for nowhere; ahead [R]: whether the drafts that held in the slot are to be added to the length; chooses
+      [R].
     """
     out = {
         "tokens": np.zeros(tokens, np.int32), "from_slot": np.full(tokens, -1, np.int32),
         "following": np.zeros(tokens, np.int32), "starts": np.zeros(rows + 1, np.int32),
         "lengths": np.zeros(rows, np.int32), "drafts": np.zeros(rows, np.int32),
         "page_table": np.full((rows, width), spare, np.int32), "to_slot": np.full(rows, slots, np.int32),
-        "chooses": np.zeros(rows, bool),
+        "ahead": np.zeros(rows, bool), "chooses": np.zeros(rows, bool),
     }  # fmt: skip
     at = row = 0
     for row, part in enumerate(parts, 1):
@@ -256,13 +275,16 @@ def arrays_of(
         known = sequence.tokens[part.first : part.first + part.count]
         after = sequence.tokens[part.first + 1 : part.first + part.count + 1]
         out["tokens"][at : at + len(known)] = known
-        out["tokens"][end - len(part.drafts) : end] = part.drafts
+        behind, slot = slice(end - len(part.drafts), end), sequence.slot * (1 + most)
+        out["tokens"][behind] = part.drafts
         out["following"][at : at + len(after)] = after
-        out["from_slot"][at + len(known) : end - len(part.drafts)] = sequence.slot
+        out["from_slot"][at + len(known) : behind.start] = slot
+        if part.ahead:
+            out["from_slot"][behind] = slot + 1 + np.arange(len(part.drafts))
         out["starts"][row:] = end
         out["lengths"][here], out["drafts"][here] = part.first + part.size, len(part.drafts)
         out["page_table"][here, : len(sequence.pages)] = sequence.pages
-        out["chooses"][here] = part.chooses
+        out["chooses"][here], out["ahead"][here] = part.chooses, part.ahead
         if part.chooses:
             out["to_slot"][here] = sequence.slot
         at = end

@@ -1,7 +1,7 @@
-"""The compiled parts of serving: `read` takes tokens into pages, `choose` takes the next from logits, `draft` goes on.
+"""The parts of serving: `read` takes tokens into pages, `choose` takes the next from logits, `draft` goes on.
 
-Each is jitted once for each of a few sizes. None waits for the host: the token that a sequence was given last stays in
-its slot on the device, from where the next step reads it.
+`programs.py` compiles each for a few sizes. None waits for the host: the token that a sequence was given last, and what
+was drafted behind it, stay in its slot on the device, from where the next step reads them.
 
 Axes: N new tokens, R rows, C choices of a row (one, and one for each draft), W = R C, S slots, P pages that a row can
 have, V vocabulary, D model.
@@ -9,11 +9,12 @@ have, V vocabulary, D model.
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -37,8 +38,39 @@ class Reading(NamedTuple):
     drafts: Int[Array, " R"]
     page_table: Int[Array, "R P"]
     to_slot: Int[Array, " R"]
+    ahead: Bool[Array, " R"]
     chooses: Bool[Array, " R"]
     num_rows: Int[Array, ""]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens, rows, and pages of a row."""
+        return len(self.tokens), *self.page_table.shape
+
+    def packed(self) -> np.ndarray:
+        """As one array of int32: to hand over a dozen small ones takes a device longer than many a step."""
+        return np.concatenate([np.ravel(x) for x in self], dtype=np.int32, casting="unsafe")
+
+    @classmethod
+    def unpacked(cls, flat: Int[Array, " n"], sizes: tuple[int, int, int]) -> Reading:
+        """What was `packed`."""
+        tokens, rows, width = sizes
+        shapes = {"tokens": (tokens,), "from_slot": (tokens,), "following": (tokens,), "starts": (rows + 1,),
+                  "page_table": (rows, width), "num_rows": ()}  # fmt: skip
+        parts, at = {}, 0
+        for name in cls._fields:
+            shape = shapes.get(name, (rows,))
+            part = flat[at : at + math.prod(shape)].reshape(shape)
+            parts[name] = part.astype(bool) if name in ("ahead", "chooses") else part
+            at += math.prod(shape)
+        return cls(**parts)
+
+
+class Slots(NamedTuple):
+    """What the last step of each slot has left for the next one."""
+
+    tokens: Int[Array, "S 1+D"]  # the last that was chosen, and what was drafted behind it
+    accepted: Int[Array, " S"]  # drafts that held
 
 
 class Special(NamedTuple):
@@ -48,12 +80,22 @@ class Special(NamedTuple):
     allowed: UInt32[Array, "W V/32"]  # bit v % 32 of word v // 32: whether token v may be chosen
 
 
+class Read(NamedTuple):
+    """What a step has read, with what was not known when it was planned."""
+
+    logits: Float[Array, "W V"]
+    hidden: Float[Array, "N D"] | None  # for `draft`
+    tokens: Int[Array, " N"]
+    lengths: Int[Array, " R"]
+    pages: Float[Array, "L n K p 2h"]
+
+
 class Chosen(NamedTuple):
     """What comes after each row's last token, and after each of its drafts, if they hold."""
 
     tokens: Int[Array, "R C"]
     logprobs: Float[Array, "R C"]
-    last: Int[Array, " S"]
+    slots: Slots
 
 
 class Likeliest(NamedTuple):
@@ -66,34 +108,31 @@ class Likeliest(NamedTuple):
 class Drafted(NamedTuple):
     accepted: Int[Array, " R"]  # drafts that hold: they are what was chosen
     tokens: Int[Array, "R most"]  # the next
+    slots: Slots
     pages: Float[Array, "L n K p 2h"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")
-def read(
-    params: Params, config: ModelConfig, pages: Array, last: Int[Array, " S"], reading: Reading, *, most: int
-) -> tuple[Float[Array, "W V"], Float[Array, "N D"] | None, Array]:
-    """The logits after each row's last token and `most` drafts, one behind the other, and the pages.
-
-    With drafts the hidden states too, for `draft`.
-    """
-    tokens = jnp.where(reading.from_slot >= 0, last[reading.from_slot], reading.tokens)
-    batch = Ragged(tokens, reading.starts, reading.lengths, reading.page_table, reading.num_rows)
+def read(params: Params, config: ModelConfig, pages: Array, slots: Slots, reading: Reading, *, most: int) -> Read:
+    """The logits after each row's last token and `most` drafts, one behind the other."""
+    tokens = jnp.where(reading.from_slot >= 0, slots.tokens.reshape(-1)[reading.from_slot], reading.tokens)
+    held = jnp.where(reading.ahead, slots.accepted.at[reading.to_slot].get(mode="clip"), 0)
+    reading = reading._replace(tokens=tokens, lengths=reading.lengths + held)
+    batch = Ragged(reading.tokens, reading.starts, reading.lengths, reading.page_table, reading.num_rows)
     place = jnp.minimum(jnp.arange(most + 1), reading.drafts[:, None])
     step = paged_step(params, config, pages, batch, jnp.maximum(_last_place(reading)[:, None] + place, 0).reshape(-1))
-    return step.logits, step.hidden if most else None, step.pages
+    tokens, lengths = whole_everywhere((reading.tokens, reading.lengths))
+    return Read(step.logits, step.hidden if most else None, tokens, lengths, step.pages)
 
 
-@jax.jit
 def choose(
     logits: Float[Array, "W V"],
-    last: Int[Array, " S"],
+    slots: Slots,
     sampling: SamplingParams,
     reading: Reading,
     vocab_size: Int[Array, ""],
     special: Special | None,
 ) -> Chosen:
-    """The next tokens, and the slots' last tokens with those of rows that have a slot to put it.
+    """The next tokens, and the slots with those of rows that have a slot to put it; drafts come to it by `draft`.
 
     A token depends on its sequence's seed and its position, and on what was read before it: behind drafts that hold
     stands what would have been chosen without them, drawn or not.
@@ -109,10 +148,10 @@ def choose(
     tokens, logprobs = (
         x.reshape(rows, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
     )
-    return whole_everywhere(Chosen(tokens, logprobs, last.at[reading.to_slot].set(tokens[:, 0], mode="drop")))
+    slots = slots._replace(tokens=slots.tokens.at[reading.to_slot, 0].set(tokens[:, 0], mode="drop"))
+    return whole_everywhere(Chosen(tokens, logprobs, slots))
 
 
-@jax.jit
 def likeliest(logits: Float[Array, "W V"], vocab_size: Int[Array, ""]) -> Likeliest:
     """What could have been chosen, for requests that ask for it: of `MOST_LIKELIEST` tokens, or of all there are."""
     real = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
@@ -120,12 +159,12 @@ def likeliest(logits: Float[Array, "W V"], vocab_size: Int[Array, ""]) -> Likeli
     return whole_everywhere(Likeliest(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="pages")
 def draft(
     params: Params,
     config: ModelConfig,
     pages: Array,
     hidden: Float[Array, "N D"],
+    slots: Slots,
     chosen: Int[Array, "R C"],
     sampling: SamplingParams,
     reading: Reading,
@@ -156,8 +195,13 @@ def draft(
         step = mtp_paged_step(params, config, step.pages, batch, h, every[:-1])
         h = step.hidden
         drafts.append(sample(step.logits, sampling, position + 1 + i, None, vocab_size)[0])
-    accepted, found = whole_everywhere((accepted, jnp.stack(drafts, axis=1)))
-    return Drafted(accepted, found, step.pages)
+    found = jnp.stack(drafts, axis=1)
+    last = jnp.take_along_axis(chosen, accepted[:, None], axis=1)
+    slots = Slots(
+        slots.tokens.at[reading.to_slot].set(jnp.concatenate([last, found], axis=1), mode="drop"),
+        slots.accepted.at[reading.to_slot].set(accepted, mode="drop"),
+    )
+    return Drafted(*whole_everywhere((accepted, found, slots)), step.pages)
 
 
 def whole_everywhere(tree: Any) -> Any:

@@ -21,7 +21,7 @@ from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.infer.calibrate import cache_dtype_of
 from glm45_jax.infer.sampling import sampling_params
-from glm45_jax.infer.steps import Reading, choose, read
+from glm45_jax.infer.steps import Reading, Slots, choose, read
 from glm45_jax.model import (
     abstract_params,
     init_cache,
@@ -171,18 +171,21 @@ def engine_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: in
         "tokens": nothing, "from_slot": rows, "following": nothing, "starts": every,
         "lengths": np.full(batch_size, seq_len, np.int32), "drafts": nothing,
         "page_table": np.arange(batch_size * width, dtype=np.int32).reshape(batch_size, width),
-        "to_slot": rows, "chooses": np.ones(batch_size, bool), "num_rows": np.int32(batch_size),
+        "to_slot": rows, "ahead": np.zeros(batch_size, bool), "chooses": np.ones(batch_size, bool),
+        "num_rows": np.int32(batch_size),
     }  # fmt: skip
     reading = Reading(**arrays)
     sampling = sampling_params(batch_size, config.vocab_size, None, {"temperature": 0.7})
-    beside = (nothing, reading, sampling, np.int32(config.vocab_size))
+    slots = Slots(nothing[:, None], nothing)
+    beside = (slots, reading, sampling, np.int32(config.vocab_size))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), beside)
 
-    def step(params: Any, pages: Any, last: Any, reading: Any, sampling: Any, vocab_size: Any) -> Any:
-        logits, _, pages = read(params, config, pages, last, reading, most=0)
-        return choose(logits, last, sampling, reading, vocab_size, None), pages
+    def step(params: Any, pages: Any, slots: Any, reading: Any, sampling: Any, vocab_size: Any) -> Any:
+        done = read(params, config, pages, slots, reading, most=0)
+        reading = reading._replace(tokens=done.tokens, lengths=done.lengths)
+        return choose(done.logits, slots, sampling, reading, vocab_size, None), done.pages
 
-    steering = (_nothing(params), _nothing(pages), NO_VALUE, reading, _nothing(sampling), NO_VALUE)
+    steering = (_nothing(params), _nothing(pages), Slots(NO_VALUE, nothing), reading, _nothing(sampling), NO_VALUE)
     parts = {"parameters": params, "cache": pages, "batch": shapes}
     return Program(step, (params, pages, *shapes), (1,), steering, parts)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import glm45_jax.infer.generate  # noqa: F401
-from glm45_jax.infer import loop, programs, steps
+from glm45_jax.infer import loop, programs
 from tests.support import quick_jit
 
 generate_module = sys.modules["glm45_jax.infer.generate"]  # its name in the package is the function's
@@ -21,9 +21,9 @@ def quick_programs() -> Iterator[None]:
         advance = quick_jit(loop.advance.__wrapped__, static_argnames="config", donate_argnames="state")
         patch.setattr(generate_module, "start", start)
         patch.setattr(generate_module, "advance", advance)
-        for name in ("read", "draft"):
-            function = getattr(steps, name).__wrapped__
-            jitted = quick_jit(function, static_argnames=("config", "most"), donate_argnames="pages")
+        for name in ("_read", "_draft"):
+            function = getattr(programs, name).__wrapped__
+            jitted = quick_jit(function, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
             patch.setattr(programs, name, jitted)
-        patch.setattr(programs, "choose", quick_jit(steps.choose.__wrapped__))
+        patch.setattr(programs, "_choose", quick_jit(programs._choose.__wrapped__, static_argnames="sizes"))
         yield

@@ -297,3 +297,16 @@ def test_whether_drafts_pay():
         drafting.saw(2, 2)
     assert drafting.pays(4) and drafting.worth_reading == 2
     assert not Drafting(0).pays(1)
+
+
+def test_what_was_timed_at_the_start_counts_until_both_kinds_are_seen():
+    """Without it an engine that always drafts would never know what a step without drafts takes."""
+    drafting = Drafting(1)
+    drafting.timed_at_start(1, 1.0, 1.2)
+    drafting.timed_at_start(8, 1.0, 1.9)
+    assert drafting.pays(1) and not drafting.pays(8)
+    for _ in range(50):
+        drafting.timed(8, 1.5, drafts=True)
+    assert not drafting.pays(8), "one of the kinds alone says nothing"
+    drafting.timed(8, 1.4, drafts=False)
+    assert drafting.pays(8)

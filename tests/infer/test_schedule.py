@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from glm45_jax.infer.pages import Pages, digests_of
 from glm45_jax.infer.schedule import Scheduler, Sequence, arrays_of
 
+DRAFTS = 3
+
 
 def after(tokens: list[int]) -> int:
     """What the model says comes after these tokens."""
@@ -33,14 +35,15 @@ class Device:
 
     def __init__(self, pages: int, size: int, slots: int, width: int):
         self.memory = np.full((pages + 1, size), -9)  # one to spare
-        self.last = np.full(slots + 1, -9)
+        self.left, self.accepted = np.full((slots + 1, 1 + DRAFTS), -9), np.zeros(slots + 1, int)
         self.size, self.slots, self.width = size, slots, width
 
-    def run(self, parts) -> list[list[int]]:
+    def run(self, parts, luck: int) -> list[list[int]]:
         total = sum(p.size for p in parts)
-        a = arrays_of(parts, len(parts) + 2, total + 3, self.width, self.slots, len(self.memory) - 1)
-        tokens = np.where(a["from_slot"] >= 0, self.last[a["from_slot"]], a["tokens"])
-        rows = [(a["starts"][r], a["starts"][r + 1], a["lengths"][r], a["page_table"][r]) for r in range(a["num_rows"])]
+        a = arrays_of(parts, len(parts) + 2, total + 3, self.width, self.slots, len(self.memory) - 1, DRAFTS)
+        tokens = np.where(a["from_slot"] >= 0, self.left.reshape(-1)[a["from_slot"]], a["tokens"])
+        lengths = a["lengths"] + np.where(a["ahead"], self.accepted[a["to_slot"]], 0)
+        rows = [(a["starts"][r], a["starts"][r + 1], lengths[r], a["page_table"][r]) for r in range(a["num_rows"])]
         for start, end, length, table in rows:  # all is written before anything is read
             for i, place in enumerate(range(length - (end - start), length)):
                 self.memory[table[place // self.size], place % self.size] = tokens[start + i]
@@ -54,7 +57,8 @@ class Device:
                     break
                 new.append(after(read[: place + 1]))
             chosen.append(new)
-            self.last[a["to_slot"][row]] = new[0]
+            slot = a["to_slot"][row]
+            self.left[slot], self.accepted[slot] = [new[-1], *guesses(read[:known] + new, luck)], len(new) - 1
         return chosen
 
 
@@ -63,7 +67,7 @@ def serve(
 ):
     """Plans one step ahead, as the engine does. Returns the sequences, the scheduler, steps taken."""
     pool = Pages(pages, size)
-    scheduler, device = Scheduler(pool, slots, tokens, 3), Device(pages, size, slots, pages)
+    scheduler, device = Scheduler(pool, slots, tokens, DRAFTS), Device(pages, size, slots, pages)
     sequences = [
         Sequence(len(p), [*p], n, alone=i in alone, drafting=i in drafting, salt=b"d" if i in drafting else b"")
         for i, (p, n) in enumerate(zip(prompts, limits))
@@ -76,9 +80,10 @@ def serve(
             scheduler.end(sequences[cancel[1]])
         if steps == renew:
             scheduler.begin_anew()
+        scheduler.drafts_ahead = steps % 5 != luck % 5
         parts = scheduler.plan()
         assert sum(part.size for part in parts) <= tokens
-        chosen = device.run(parts) if parts else []
+        chosen = device.run(parts, luck) if parts else []
         for part, new in zip(*(flying or ((), ()))):
             sequence = part.sequence
             if part.chooses and not sequence.ended:
@@ -87,7 +92,7 @@ def serve(
                 scheduler.put(sequence, new, guesses(sequence.tokens + new, luck) if sequence.drafting else ())
                 if new[-1] == 0 or len(sequence.tokens) - sequence.prompt_length == sequence.limit:
                     scheduler.end(sequence)
-                elif sequence.drafting and len(sequence.tokens) % 7 == luck % 7:
+                elif sequence.drafting and not sequence.pending and len(sequence.tokens) % 7 == luck % 7:
                     sequence.drafting, sequence.drafts = False, []
         flying = (parts, chosen) if parts else None
         steps += 1
@@ -99,7 +104,7 @@ def serve(
 def guesses(tokens: list[int], luck: int) -> list[int]:
     """Three, of which the first `luck % 4` are right."""
     found = [*tokens]
-    for i in range(3):
+    for i in range(DRAFTS):
         found.append(after(found) if i < luck % 4 else 4)
     return found[len(tokens) :]
 
@@ -155,6 +160,25 @@ def test_drafts_save_steps():
 
     assert len(answer([1, 1, 1, 2], 24)) > 20
     assert steps(3) < steps(1) < steps(0)
+
+
+def test_steps_with_drafts_are_planned_before_the_one_before_has_ended():
+    """Else the device waits for the host at every step, which costs more than drafts save. With pages for all drafts."""
+    scheduler = Scheduler(Pages(20, 2), 1, 64, DRAFTS)
+    sequence = Sequence(3, [1, 2, 3], 9, drafting=True)
+    scheduler.add(sequence)
+    (prompt,) = scheduler.plan()
+    (behind,) = scheduler.plan()
+    assert (prompt.count, prompt.drafts, prompt.ahead) == (3, (), False)
+    assert (behind.first, behind.count, behind.drafts, behind.ahead) == (3, 1, (-1,) * DRAFTS, True)
+    assert len(sequence.pages) == 5  # 3 tokens, up to 3 more that held, 1, and 3 drafts
+    assert not scheduler.plan(), "two steps ahead"
+    scheduler.put(sequence, [4], [5, 6, 7])
+    scheduler.drafts_ahead = False
+    assert not scheduler.plan(), "its last token is to be known"
+    scheduler.put(sequence, [5, 6, 8], [1, 1, 1])
+    (known,) = scheduler.plan()
+    assert (known.first, known.drafts, known.ahead) == (6, (1, 1, 1), False)
 
 
 def test_what_was_unused_longest_is_forgotten_first_and_ends_before_beginnings():
