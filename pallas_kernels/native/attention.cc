@@ -137,7 +137,9 @@ void attend(const Batch<T>& b, const Piece& piece, int64_t head) {
     const int64_t size = std::min(chunk, end - from);
     for (int64_t p = 0; p < size; p += b.page_size)
       products(rows.data(), queries, b.at(piece.row, head, from + p), 2 * dim, dim, 0, std::min(b.page_size, size - p),
-               static_cast<const T*>(nullptr), [&](int64_t m, int64_t n, float value) { scores[m * chunk + p + n] = value; });
+               static_cast<const T*>(nullptr), [&](int64_t m, int64_t n, const float* x, auto count) {
+                 std::memcpy(&scores[m * chunk + p + n], x, count * sizeof(float));
+               });
     for (int64_t m = 0; m < queries; ++m)
       soften(&scores[m * chunk], size, piece.position + m / group + 1 - from, &highest[m], &totals[m], &sums[m * dim],
              dim);

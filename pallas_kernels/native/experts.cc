@@ -10,6 +10,11 @@ namespace {
 constexpr int64_t kBlock = 64;  // outputs of a piece of work
 constexpr int64_t kPanel = 16 * kRows;  // rows of a piece at a time
 
+template <int count>
+void put(float* at, const float* x) {
+  std::memcpy(at, x, count * sizeof(float));
+}
+
 int64_t blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
 // One expert's rows: the tokens they come from and their weights.
@@ -57,9 +62,9 @@ ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* ga
     float* mine = inner.get() + one.first * width;
     const int64_t matrix = one.expert * width * dim;
     products(&in[one.first], one.rows, gate + matrix, dim, dim, first, last, piece_of(up, i),
-             [&](int64_t m, int64_t n, float value) { mine[m * width + n] = value; });
+             [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(mine + m * width + n, x); });
     products(&in[one.first], one.rows, up + matrix, dim, dim, first, last, piece_of(gate, i + 1),
-             [&](int64_t m, int64_t n, float value) { ups[m * kBlock + n - first] = value; });
+             [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(&ups[m * kBlock + n - first], x); });
     for (int64_t m = 0; m < one.rows; ++m) {
       float* at = mine + m * width + first;
       swiglu(at, &ups[m * kBlock], size);
@@ -73,7 +78,10 @@ ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* ga
       const Chosen& one = chosen[c];
       const T* after = c + 1 < chosen.size() ? down + (chosen[c + 1].expert * dim + first) * width : nullptr;
       products(&hidden[one.first], one.rows, down + one.expert * width * dim, width, width, first, last, after,
-               [&](int64_t m, int64_t n, float value) { out[token[one.first + m] * dim + n] += value; });
+               [&](int64_t m, int64_t n, const float* x, auto count) {
+                 float* sum = out + token[one.first + m] * dim + n;
+                 for (int i = 0; i < count; ++i) sum[i] += x[i];
+               });
     }
   });
   return ffi::Error::Success();
@@ -110,10 +118,10 @@ ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* fi
       const T* after = piece_of(first_matrices, i + 1);
       products(&in[start], count, first_matrices + matrix, inputs, inputs, first, last,
                second_matrices ? piece_of(second_matrices, i) : after,
-               [&](int64_t m, int64_t n, float value) { mine[m * columns + n] = value; });
+               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(mine + m * columns + n, x); });
       if (!second_matrices) continue;
       products(&in[start], count, second_matrices + matrix, inputs, inputs, first, last, after,
-               [&](int64_t m, int64_t n, float value) { ups[m * kBlock + n - first] = value; });
+               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(&ups[m * kBlock + n - first], x); });
       for (int64_t m = 0; m < count; ++m) swiglu(mine + m * columns + first, &ups[m * kBlock], last - first);
     }
   });

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -30,7 +31,6 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints4 __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
@@ -61,17 +61,43 @@ inline void put(float* at, Vec x) { std::memcpy(at, &x, sizeof x); }
 
 typedef float Four __attribute__((vector_size(16)));
 
+// Within each four lanes, the first two or the last two of `a`, and of `b` behind them.
+#if defined(__AVX512F__)
+inline Vec pairs(Vec a, Vec b, bool last) {
+  return last ? __builtin_shuffle(a, b, Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31})
+              : __builtin_shuffle(a, b, Ints{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
+}
+inline Vec evens(Vec a, Vec b) {
+  return __builtin_shuffle(a, b, Ints{0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30});
+}
+inline Vec odds(Vec a, Vec b) {
+  return __builtin_shuffle(a, b, Ints{1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31});
+}
+#elif defined(__AVX__)
+inline Vec pairs(Vec a, Vec b, bool last) {
+  return last ? __builtin_shuffle(a, b, Ints{2, 3, 10, 11, 6, 7, 14, 15})
+              : __builtin_shuffle(a, b, Ints{0, 1, 8, 9, 4, 5, 12, 13});
+}
+inline Vec evens(Vec a, Vec b) { return __builtin_shuffle(a, b, Ints{0, 2, 8, 10, 4, 6, 12, 14}); }
+inline Vec odds(Vec a, Vec b) { return __builtin_shuffle(a, b, Ints{1, 3, 9, 11, 5, 7, 13, 15}); }
+#else
+inline Vec pairs(Vec a, Vec b, bool last) {
+  return last ? __builtin_shuffle(a, b, Ints{2, 3, 6, 7}) : __builtin_shuffle(a, b, Ints{0, 1, 4, 5});
+}
+inline Vec evens(Vec a, Vec b) { return __builtin_shuffle(a, b, Ints{0, 2, 4, 6}); }
+inline Vec odds(Vec a, Vec b) { return __builtin_shuffle(a, b, Ints{1, 3, 5, 7}); }
+#endif
+
 // The sums over the lanes of four vectors, together: a fourth of the shuffles.
 inline Four sums(const Vec* x) {
-  Four parts[4][kLanes / 4];
-  std::memcpy(parts, x, sizeof parts);
-  for (auto& row : parts)
-    for (int i = 1; i < kLanes / 4; ++i) row[0] += row[i];
-  Four ab = __builtin_shuffle(parts[0][0], parts[1][0], Ints4{0, 4, 1, 5}) +
-            __builtin_shuffle(parts[0][0], parts[1][0], Ints4{2, 6, 3, 7});
-  Four cd = __builtin_shuffle(parts[2][0], parts[3][0], Ints4{0, 4, 1, 5}) +
-            __builtin_shuffle(parts[2][0], parts[3][0], Ints4{2, 6, 3, 7});
-  return __builtin_shuffle(ab, cd, Ints4{0, 1, 4, 5}) + __builtin_shuffle(ab, cd, Ints4{2, 3, 6, 7});
+  Vec ab = pairs(x[0], x[1], false) + pairs(x[0], x[1], true);
+  Vec cd = pairs(x[2], x[3], false) + pairs(x[2], x[3], true);
+  Vec each = evens(ab, cd) + odds(ab, cd);
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &each, sizeof parts);
+  for (int i = kLanes / 8; i > 0; i /= 2)
+    for (int j = 0; j < i; ++j) parts[j] += parts[j + i];
+  return parts[0];
 }
 
 // e^x to about one unit in the last place; 0 far below zero.
@@ -143,7 +169,7 @@ inline void tile(int rows, const float* const* a, const T* w, int64_t stride, in
   }
 }
 
-// store(m, n, value) for rows a[0 : rows] and outputs [first, last) of w. A tile of rows stays in the first cache, the
+// store(m, n, values, count) for rows a[0 : rows] and outputs [first, last) of w, `count` of them at a time. A tile of rows stays in the first cache, the
 // outputs' weights in the second: a few dozen of them at a time are best.
 //
 // Memory never rests: while the first tile of rows goes along the weights, the next outputs' are fetched, and while the
@@ -164,12 +190,13 @@ void products(const float* const* a, int64_t rows, const T* w, int64_t stride, i
     for (int64_t n = first; n < last;) {
       const int outputs = last - n >= kOutputs ? kOutputs : 1;
       if (t == 0 && n + kOutputs >= last) fetch = later, fetch.bytes = a_step;
-      if (outputs == 1)
+      if (outputs == 1) {
         tile<1>(some, a + m, w + n * stride, stride, size, fetch, out);
-      else
+        for (int i = 0; i < some; ++i) store(m + i, n, out[i], std::integral_constant<int, 1>());
+      } else {
         tile<kOutputs>(some, a + m, w + n * stride, stride, size, fetch, out);
-      for (int i = 0; i < some; ++i)
-        for (int j = 0; j < outputs; ++j) store(m + i, n + j, out[i][j]);
+        for (int i = 0; i < some; ++i) store(m + i, n, out[i], std::integral_constant<int, kOutputs>());
+      }
       n += outputs;
     }
     fetch.bytes = later.bytes;
