@@ -163,7 +163,7 @@ def test_drafts_save_steps():
 
 
 def test_steps_with_drafts_are_planned_before_the_one_before_has_ended():
-    """Else the device waits for the host at every step, which costs more than drafts save. With pages for all drafts."""
+    """Else the device waits for the host at every step: more than drafts save. With pages for all of them."""
     scheduler = Scheduler(Pages(20, 2), 1, 64, DRAFTS)
     sequence = Sequence(3, [1, 2, 3], 9, drafting=True)
     scheduler.add(sequence)
