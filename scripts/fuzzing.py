@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+_MEGABYTES = 2048  # that fuzzing may take
 
 
 def guided(
@@ -29,8 +32,11 @@ def guided(
 
     for index, seed in enumerate(seeds):
         (Path(folder) / f"seed{index}").write_bytes(seed)
-    options = [f"-max_total_time={seconds:.0f}", f"-max_len={longest}", f"-timeout={timeout}", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/", folder], check)
+    # libFuzzer looks at the most memory there ever was, which begins with what this process's parent held
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + _MEGABYTES
+    options = [f"-max_total_time={seconds:.0f}", f"-max_len={longest}", f"-timeout={timeout}", f"-rss_limit_mb={most}"]
+    options += ["-print_final_stats=1", f"-artifact_prefix={folder}/", folder]
+    atheris.Setup([sys.argv[0], *options], check)
     atheris.Fuzz()
 
 

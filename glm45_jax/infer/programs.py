@@ -88,6 +88,7 @@ class Programs:
     def __init__(self, params: Params, config: ModelConfig, sizes: Sizes):
         self.params, self.config, self.sizes = params, config, sizes
         self._vocab_size = np.int32(sizes.vocab_size)
+        self._done: Any = None  # what `read` leaves for `choose`
         self._kept: tuple[SamplingParams, SamplingParams] | None = None
 
     def prepare(self) -> None:
@@ -156,7 +157,7 @@ class Programs:
     @staticmethod
     def compiled() -> int:
         """How many programs of steps have been compiled so far."""
-        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest))  # pyright: ignore[reportFunctionMemberAccess]
+        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _spread(make: Callable[[Any], Any], of: Any, by_heads: bool = False) -> Any:

@@ -54,21 +54,24 @@ class SamplingOptions(TypedDict, total=False):
     """Sequence i takes seed + i, or the i-th of a sequence of seeds; 0 <= seed < 2**32."""
 
 
+HostArray = Any  # numpy's on the host, jax's where a function of them is traced
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """The settings of a batch as arrays; `sampling_params` makes them from plain values and checks them."""
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    min_p: Float[Array, " B"]
-    repetition_penalty: Float[Array, " B"]
-    presence_penalty: Float[Array, " B"]
-    frequency_penalty: Float[Array, " B"]
-    seed: UInt32[Array, " B"]
-    bias_ids: Int[Array, "B N"]  # ids outside the vocabulary fill up
-    bias_values: Float[Array, "B N"]
+    temperature: Float[HostArray, " B"]
+    top_k: Int[HostArray, " B"]
+    top_p: Float[HostArray, " B"]
+    min_p: Float[HostArray, " B"]
+    repetition_penalty: Float[HostArray, " B"]
+    presence_penalty: Float[HostArray, " B"]
+    frequency_penalty: Float[HostArray, " B"]
+    seed: UInt32[HostArray, " B"]
+    bias_ids: Int[HostArray, "B N"]  # ids outside the vocabulary fill up
+    bias_values: Float[HostArray, "B N"]
 
     @property
     def uses_penalties(self) -> bool:
@@ -82,8 +85,8 @@ class SamplingParams:
 class TokenCounts:
     """What penalties look at."""
 
-    in_prompt: Bool[Array, "B V"]
-    in_answer: Int[Array, "B V"]
+    in_prompt: Bool[HostArray, "B V"]
+    in_answer: Int[HostArray, "B V"]
 
     def add(self, tokens: Int[Array, " B"]) -> TokenCounts:
         """With one more token in each answer."""

@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -248,7 +249,7 @@ class Scheduler:
 
 def arrays_of(
     parts: Iterable[Part], rows: int, tokens: int, width: int, slots: int, spare: int, most: int = 0
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """A step's parts as arrays for `rows` rows, `tokens` tokens and page tables `width` wide.
 
     Args:

@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from glm45_jax.config import ModelConfig
-from glm45_jax.infer.sampling import SamplingParams, TokenCounts, sample
+from glm45_jax.infer.sampling import HostArray, SamplingParams, TokenCounts, sample
 from glm45_jax.model import Params
 from glm45_jax.model.over_mesh import mesh_in_force
-from glm45_jax.model.paged import Ragged, mtp_paged_step, paged_step
+from glm45_jax.model.paged import Pages, Ragged, mtp_paged_step, paged_step
 
 MOST_LIKELIEST = 20  # tokens whose log-probabilities a request may ask for
 
@@ -30,17 +30,17 @@ MOST_LIKELIEST = 20  # tokens whose log-probabilities a request may ask for
 class Reading(NamedTuple):
     """What a step reads; see `schedule.arrays_of`."""
 
-    tokens: Int[Array, " N"]
-    from_slot: Int[Array, " N"]
-    following: Int[Array, " N"]
-    starts: Int[Array, " R+1"]
-    lengths: Int[Array, " R"]
-    drafts: Int[Array, " R"]
-    page_table: Int[Array, "R P"]
-    to_slot: Int[Array, " R"]
-    ahead: Bool[Array, " R"]
-    chooses: Bool[Array, " R"]
-    num_rows: Int[Array, ""]
+    tokens: Int[HostArray, " N"]
+    from_slot: Int[HostArray, " N"]
+    following: Int[HostArray, " N"]
+    starts: Int[HostArray, " R+1"]
+    lengths: Int[HostArray, " R"]
+    drafts: Int[HostArray, " R"]
+    page_table: Int[HostArray, "R P"]
+    to_slot: Int[HostArray, " R"]
+    ahead: Bool[HostArray, " R"]
+    chooses: Bool[HostArray, " R"]
+    num_rows: Int[HostArray, ""]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -69,15 +69,15 @@ class Reading(NamedTuple):
 class Slots(NamedTuple):
     """What the last step of each slot has left for the next one."""
 
-    tokens: Int[Array, "S 1+D"]  # the last that was chosen, and what was drafted behind it
-    accepted: Int[Array, " S"]  # drafts that held
+    tokens: Int[HostArray, "S 1+D"]  # the last that was chosen, and what was drafted behind it
+    accepted: Int[HostArray, " S"]  # drafts that held
 
 
 class Special(NamedTuple):
     """What only some requests need of the choice of a token."""
 
     counts: TokenCounts | None
-    allowed: UInt32[Array, "W V/32"]  # bit v % 32 of word v // 32: whether token v may be chosen
+    allowed: UInt32[HostArray, "W V/32"]  # bit v % 32 of word v // 32: whether token v may be chosen
 
 
 class Read(NamedTuple):
@@ -87,7 +87,7 @@ class Read(NamedTuple):
     hidden: Float[Array, "N D"] | None  # for `draft`
     tokens: Int[Array, " N"]
     lengths: Int[Array, " R"]
-    pages: Float[Array, "L n K p 2h"]
+    pages: Pages
 
 
 class Chosen(NamedTuple):
@@ -109,7 +109,7 @@ class Drafted(NamedTuple):
     accepted: Int[Array, " R"]  # drafts that hold: they are what was chosen
     tokens: Int[Array, "R most"]  # the next
     slots: Slots
-    pages: Float[Array, "L n K p 2h"]
+    pages: Pages
 
 
 def read(params: Params, config: ModelConfig, pages: Array, slots: Slots, reading: Reading, *, most: int) -> Read:
@@ -201,7 +201,8 @@ def draft(
         slots.tokens.at[reading.to_slot].set(jnp.concatenate([last, found], axis=1), mode="drop"),
         slots.accepted.at[reading.to_slot].set(accepted, mode="drop"),
     )
-    return Drafted(*whole_everywhere((accepted, found, slots)), step.pages)
+    accepted, found, slots = whole_everywhere((accepted, found, slots))
+    return Drafted(accepted, found, slots, step.pages)
 
 
 def whole_everywhere(tree: Any) -> Any:
