@@ -48,11 +48,11 @@ class Drafting:
 
     def pays(self, rows: int) -> bool:
         """For `rows` sequences decoding together; yes, as long as nothing is known."""
+        if not self.most:
+            return False
         plain, drafted = (self._seconds.get((drafts, rows)) for drafts in (False, True))
         if plain is None or drafted is None:
             plain, drafted = self._at_start.get(rows, (1.0, 0.0))
-        if not self.most:
-            return False
         return plain * sum(self.chance**i for i in range(self.most + 1)) > _MARGIN * drafted
 
     def begins_with_drafts(self, rows: int) -> bool:

@@ -360,6 +360,8 @@ class Engine:
 
     def _weigh_drafts(self) -> None:
         """Ends drafting where it does not pay; for good, since the MTP layer will not have read what comes now."""
+        if not self.options.drafts:
+            return
         running = self._scheduler.running
         pays = self._drafting.pays(self.options.rows(len(running)))
         self._scheduler.drafts_ahead = pays  # else all tokens are soon known, and a sequence can go on without drafts
