@@ -113,6 +113,7 @@ def kernel(
         **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name=_name(body),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approx_math
         ),
@@ -124,6 +125,11 @@ def kernel(
         return jax.tree.map(lambda out: varying_alike(out, *leaves)[0], run(*jax.tree.unflatten(tree, leaves)))
 
     return alike
+
+
+def _name(body: Callable[..., None]) -> str:
+    """The module of a kernel's body, `grouped_matmul_gpu_rows`: what profiles and plans call it."""
+    return "_".join(getattr(body, "func", body).__module__.split(".")[-2:])
 
 
 def specialise(load: Callable[[], None], compute: Callable[[Any], None]) -> None:

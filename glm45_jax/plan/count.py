@@ -155,7 +155,7 @@ class _Count(ProgramWalk):
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
-    def _pallas_call(self, eqn: Any, args: list[Any]) -> list[Any]:
+    def _kernel(self, eqn: Any, args: list[Any]) -> list[Any]:
         try:
             traffic = kernel_traffic(eqn, args)
         except UnknownValueError as e:

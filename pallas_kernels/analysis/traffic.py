@@ -1,10 +1,12 @@
-"""Counts the bytes that a program's kernels move between a TPU's main memory and the chip: counted, never declared.
+"""Counts the bytes that a program's kernels move between a device's main memory and the chip: counted, never declared.
 
 `count_traffic(fn, *args)` traces the program and walks it with whatever is known: concrete arrays among the arguments
 (group sizes, indices, lengths) are followed through the ordinary operations, `jax.ShapeDtypeStruct`s are shapes alone.
-At every `pallas_call` the grid is gone through in its order, last axis fastest. A block is fetched when its index
+At every `pallas_call` of a TPU's the grid is gone through in its order, last axis fastest. A block is fetched when its index
 differs from the step before, and written back when the index of an output is about to change; only what lies inside
 the array counts. Copies that a kernel starts itself (`make_async_copy`, `emit_pipeline`) are summed as they start.
+
+A kernel of Mosaic GPU is walked by all of its blocks at once (`gpu_kernel.py`).
 
 Not counted: what the padding of arrays to whole tiles adds, and that two cores which share a device may each fetch a
 block that is fetched once here.
@@ -20,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.analysis.gpu_kernel import GpuKernelWalk
 from pallas_kernels.analysis.interpreter import Interpreter, Step, UnknownValueError
 from pallas_kernels.analysis.kernel import (
     Copies,
@@ -32,7 +35,7 @@ from pallas_kernels.analysis.kernel import (
     walk_kernel,
 )
 from pallas_kernels.analysis.values import UNKNOWN, known, raw
-from pallas_kernels.analysis.xla_ops import is_fused, own_traffic
+from pallas_kernels.analysis.xla_ops import GPU_KERNEL, KERNELS, is_fused, own_traffic
 from pallas_kernels.chip import named_chip
 
 
@@ -145,13 +148,13 @@ def described(chip: str | None) -> Any:
 
 
 class ProgramWalk(Interpreter):
-    counted = frozenset({"pallas_call"})
+    counted = KERNELS
 
     def __init__(self, platform: str) -> None:
         super().__init__(platform)
         self.kernels: list[KernelTraffic] = []
         self.xla_bytes = self.xla_flops = 0.0
-        self.rules["pallas_call"] = self._pallas_call
+        self.rules |= dict.fromkeys(KERNELS, self._kernel)
         self._inside_chain = 0
 
     def run(self, jaxpr: Any, args: Sequence[Any], consts: Sequence[Any] = (), used: Sequence[bool] = ()) -> list[Any]:
@@ -169,7 +172,7 @@ class ProgramWalk(Interpreter):
         finally:
             self._inside_chain -= fused
 
-    def _pallas_call(self, eqn: Any, args: list[Any]) -> list[Any]:
+    def _kernel(self, eqn: Any, args: list[Any]) -> list[Any]:
         self.kernels.append(kernel_traffic(eqn, args))
         for note in self.kernels[-1].notes:
             self.notes[note] = None
@@ -177,7 +180,30 @@ class ProgramWalk(Interpreter):
 
 
 def kernel_traffic(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
-    """Of one `pallas_call` equation, with its operands as far as they are known."""
+    """Of one call of a kernel, with its operands as far as they are known."""
+    return (_gpu_kernel if eqn.primitive.name == GPU_KERNEL else _tpu_kernel)(eqn, args)
+
+
+def _gpu_kernel(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
+    """Of one `mpmd_map`: blocks that go through the whole of what they are told to by scalars in main memory."""
+    (mesh,), (jaxpr,), name = eqn.params["meshes"], eqn.params["jaxprs"], eqn.params["name"]
+    totals = Copies()
+    walk = GpuKernelWalk(name, dict(mesh.shape), totals)
+    names = argument_names(jaxpr)
+    operands = [*args, *(UNKNOWN for _ in eqn.outvars)]
+    walk.run(jaxpr, [Ref.of(n, v.aval, value) for n, v, value in zip(names, jaxpr.invars, operands)])
+    walk.finish()
+    avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    rows = [
+        _with_copies(OperandTraffic(n, tuple(a.shape), str(a.dtype)), totals)
+        for n, a in zip(names, avals)
+        if n in totals.read or n in totals.written
+    ]
+    return KernelTraffic(name, tuple(mesh.grid), tuple(rows), totals.flops, totals.started, tuple(walk.notes))
+
+
+def _tpu_kernel(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
+    """Of one `pallas_call`."""
     mapping, jaxpr = eqn.params["grid_mapping"], eqn.params["jaxpr"]
     name = eqn.params.get("name") or getattr(jaxpr.debug_info, "func_name", "kernel")
     dynamic = [i for i, d in enumerate(mapping.grid) if not isinstance(d, int)]

@@ -14,6 +14,8 @@ from pallas_kernels.analysis.interpreter import sub_jaxprs
 from pallas_kernels.analysis.kernel import dot_flops, item_bytes
 from pallas_kernels.analysis.values import ELEMENTWISE, IDENTITY
 
+GPU_KERNEL = "mpmd_map"  # a kernel of Mosaic GPU's
+KERNELS = frozenset({"pallas_call", GPU_KERNEL})
 LARGE = 1 << 16  # bytes from which a value counts: smaller ones stay on the chip
 _FREE = {
     "reshape", "squeeze", "expand_dims", "bitcast_convert_type", "split", "platform_index", "axis_index", "name",
@@ -43,7 +45,8 @@ def value_bytes(v: Any) -> float:
 
 def is_fused(eqn: Any) -> bool:
     inner = sub_jaxprs(eqn)
-    if len(inner) == 1 and eqn.primitive.name not in ("scan", "while", "shard_map", "pallas_call") and not eqn.effects:
+    own = {"scan", "while", "shard_map", *KERNELS}
+    if len(inner) == 1 and eqn.primitive.name not in own and not eqn.effects:
         return all(map(is_fused, inner[0].eqns))
     return eqn.primitive.name in _FUSED
 
@@ -64,7 +67,7 @@ def own_traffic(eqns: Sequence[Any], results: Sequence[Any]) -> tuple[float, flo
         if name in _PARTIAL:
             part = _PARTIAL[name]
             nbytes += 2 * value_bytes(eqn.outvars[0] if part == "result" else eqn.invars[part])
-        elif name != "pallas_call" and not sub_jaxprs(eqn) and not is_fused(eqn):
+        elif name not in KERNELS and not sub_jaxprs(eqn) and not is_fused(eqn):
             nbytes += sum(map(value_bytes, {*_variables(eqn.invars), *eqn.outvars}))
     return nbytes + _chains(eqns, results), flops
 
