@@ -187,7 +187,8 @@ not there, by `scripts/prove_plans.py` (`docs/proofs/plans.json` has all figures
   times of such a row are counted from the program that would be compiled; XLA's own copies and collectives are missing
   (of the step of GLM-4.5 on v5p:8x8x4, 4 % of the memory's time and 2 % of the links').
 - *Compute*: executed FLOPs (recomputation and padding included) at the bf16 peak. *Memory*: bytes read and written at
-  the memory's speed. *Links*: the busiest mesh axis, its bytes at the speed of the links that it lies on.
+  the memory's speed (on GPUs a kernel's operands once, as if the L2 cache kept them). *Links*: the busiest mesh
+  axis, its bytes at the speed of the links that it lies on.
 - *Roofline* is the longest of them, as if all else hid behind it; *serial* their sum. Nothing here was clocked.
 - *MFU* is model FLOPs (no recomputation) over what all chips could do in the roofline's time: an upper bound.
 """

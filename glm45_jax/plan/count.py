@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from glm45_jax.plan.collectives import Collective, mean_distance
-from pallas_kernels.analysis.interpreter import UnknownValueError
+from pallas_kernels.analysis.interpreter import UnknownValueError, loop_counter
 from pallas_kernels.analysis.kernel import item_bytes
 from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
 from pallas_kernels.analysis.values import UNKNOWN, known
@@ -324,22 +324,11 @@ def _scan_parts(p: dict[str, Any]) -> tuple[int, int]:
 
 def _rounds(p: dict[str, Any], consts: Sequence[Any], carry: Sequence[Any]) -> int | None:
     """Of a loop `while carry[i] < limit: carry[i] += step`, where both ends are known."""
-    condition, body = p["cond_jaxpr"].jaxpr, p["body_jaxpr"].jaxpr
-    values = dict(zip(condition.invars, [*consts, *carry]))
-    tests = [e for e in condition.eqns if e.outvars[0] in condition.outvars]
-    if len(tests) != 1 or tests[0].primitive.name not in ("lt", "gt"):
+    counter = loop_counter(p)
+    if counter is None:
         return None
-    same = {e.outvars[0]: e.invars[0] for e in condition.eqns if e.primitive.name in ("convert_element_type", "pvary")}
-    sides = [same.get(v, v) if not hasattr(v, "val") else v for v in tests[0].invars]
-    sides = sides if tests[0].primitive.name == "lt" else sides[::-1]
-    low, high = (np.asarray(v.val) if hasattr(v, "val") else values.get(v, UNKNOWN) for v in sides)
-    index = next((i for i, v in enumerate(condition.invars[len(consts) :]) if v is sides[0]), None)
-    if index is None or not known(low, high):
-        return None
-    out = body.outvars[index]
-    step = next((e for e in body.eqns if e.outvars[0] is out and e.primitive.name == "add"), None)
-    added = next((int(v.val) for v in step.invars if hasattr(v, "val")), None) if step else None
-    return None if not added else max(0, -(-(int(high) - int(low)) // added))
+    low, high = carry[counter.index], counter.limit([*consts, *carry])
+    return max(0, -(-(int(high) - int(low)) // counter.step)) if known(low, high) else None
 
 
 def _left_for_others(eqns: Sequence[Any]) -> float:

@@ -79,7 +79,7 @@ class Answers:
             raise ApiError(400 if engine.failure is None else 500, str(error)) from error
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Raises `ApiError` with status 500 where the engine fails."""
+        """Raises `ApiError` where an answer cannot go on: status 400 where its own grammar ends it, else 500."""
         queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
 
         async def listen(index: int, request: Request) -> None:
@@ -92,7 +92,7 @@ class Answers:
             while left:
                 index, delta = await queue.get()
                 if delta.finish_reason == "error":
-                    raise ApiError(500, str(delta.error), code="engine_error")
+                    raise self._cannot_go_on(self.requests[index], str(delta.error))
                 if delta.tokens:
                     self.last = time.monotonic()
                     self.first = self.first or self.last
@@ -101,6 +101,13 @@ class Answers:
         finally:
             for listener in listeners:
                 listener.cancel()
+
+    @staticmethod
+    def _cannot_go_on(request: Request, why: str) -> ApiError:
+        constraint = request.constraint
+        if constraint is not None and constraint.error is not None:  # a schema too rich, a bias against all it allows
+            return ApiError(400, why, code="grammar_error")
+        return ApiError(500, why, code="engine_error")
 
     def cancel(self) -> None:
         """Ends what has not ended: the engine has its pages back at once."""

@@ -1,22 +1,24 @@
 """Walks a Pallas Mosaic GPU kernel: the products of its warpgroups, and what its copies move from and to main memory.
 
-Every warpgroup of every block is a lane of one walk (`KernelWalk`). What several blocks load is counted once, as if the
-L2 cache kept it for them: these kernels order their tiles so that it mostly does. A part that the blocks of a cluster
-fetch for one another is each block's share. Copies of less than a whole buffer count what lies inside the array.
+Every warpgroup of every block is a lane of one walk (`KernelWalk`), and so are the rounds of its inner loops. What
+several blocks load is counted once, as if the L2 cache kept it for them: these kernels order their tiles so that it
+mostly does. A part that the blocks of a cluster fetch for one another is each block's share. Stores of less than a
+whole buffer count what lies inside the array.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from pallas_kernels.analysis.interpreter import Step, UnknownValueError
+from pallas_kernels.analysis.interpreter import Step, UnknownValueError, loop_counter
 from pallas_kernels.analysis.kernel import Copies, KernelWalk, Ref, item_bytes
-from pallas_kernels.analysis.values import Lanes, known, raw
+from pallas_kernels.analysis.values import UNKNOWN, Lanes, known, raw
 
 _PLACES_KEPT = 1 << 20  # before those that are the same are dropped
 
@@ -46,6 +48,42 @@ class GpuKernelWalk(KernelWalk):
         if step.rule is None and step.call is None and not step.wanted:  # barriers, fences, registers
             return []
         return super().equation(step, args)
+
+    def _while(self, eqn: Any, args: list[Any]) -> list[Any]:
+        """All rounds of a loop that does nothing but count are lanes of one walk through its body."""
+        p = eqn.params
+        first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        consts, carry, counter = args[first:second], args[second:], loop_counter(p)
+        body = p["body_jaxpr"].jaxpr
+        kept = [new is old for new, old in zip(body.outvars, body.invars[p["body_nconsts"] :])]
+        if counter is None or any(known(x) and not k for x, k in _without(counter.index, carry, kept)):
+            return super()._while(eqn, args)
+        ends = carry[counter.index], counter.limit([*args[:first], *carry])
+        if not known(*ends):
+            return super()._while(eqn, args)
+        low, high = (np.broadcast_to(raw(x), self.active.shape).astype(np.int64) for x in ends)
+        rounds = np.where(self.active, np.maximum(-(-(high - low) // counter.step), 0), 0)
+        if rounds.any():
+            lane = np.repeat(np.arange(len(rounds)), rounds)
+            number = np.arange(len(lane)) - np.repeat(np.cumsum(rounds) - rounds, rounds)
+            values = [Lanes(x.array[lane]) if isinstance(x, Lanes) else x for x in (*consts, *carry)]
+            values[len(consts) + counter.index] = Lanes((low[lane] + number * counter.step).astype(np.int32))
+            with self._lanes(lane):
+                self.run_closed(p["body_jaxpr"], values)
+        after = [x if k else UNKNOWN for x, k in zip(carry, kept)]
+        after[counter.index] = Lanes((low + rounds * counter.step).astype(np.int32))
+        return after
+
+    @contextlib.contextmanager
+    def _lanes(self, of: np.ndarray) -> Iterator[None]:
+        """Inside there is a lane for each entry of `of`, a copy of that lane."""
+        before = self.active, self.place
+        self.active = np.ones(len(of), bool)
+        self.place = {axis: at[of] for axis, at in self.place.items()}
+        try:
+            yield
+        finally:
+            self.active, self.place = before
 
     def _run_scoped(self, eqn: Any, args: list[Any]) -> list[Any]:
         jaxpr = eqn.params["jaxpr"]
@@ -109,6 +147,11 @@ class GpuKernelWalk(KernelWalk):
                     sizes[axis] = 1
                     kept.remove(axis)
         return starts, sizes
+
+
+def _without(index: int, *lists: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The lists side by side, but for one place."""
+    return (items for i, items in enumerate(zip(*lists)) if i != index)
 
 
 def _shape(eqn: Any, operand: str) -> list[int]:

@@ -296,6 +296,48 @@ class Interpreter:
         return [UNKNOWN] * len(eqn.outvars)
 
 
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """Of a loop `while carry[index] < limit: carry[index] += step`.
+
+    Attributes:
+      place: of the limit among the condition's constants and the carry; None where it is `value`.
+    """
+
+    index: int
+    step: int
+    place: int | None
+    value: Any = None
+
+    def limit(self, inputs: Sequence[Any]) -> Any:
+        """Given the condition's constants and the carry."""
+        return self.value if self.place is None else inputs[self.place]
+
+
+def loop_counter(params: dict[str, Any]) -> Counter | None:
+    """Of a `while` with such a condition and nothing else."""
+    condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+    tests = [e for e in condition.eqns if e.outvars[0] in condition.outvars]
+    if len(tests) != 1 or tests[0].primitive.name not in ("lt", "gt"):
+        return None
+    same = {e.outvars[0]: e.invars[0] for e in condition.eqns if e.primitive.name in ("convert_element_type", "pvary")}
+    sides = [v if hasattr(v, "val") else same.get(v, v) for v in tests[0].invars]
+    counted, limit = sides if tests[0].primitive.name == "lt" else sides[::-1]
+    places = {v: i for i, v in enumerate(condition.invars)}
+    index = places.get(counted, -1) - params["cond_nconsts"] if not hasattr(counted, "val") else -1
+    literal = hasattr(limit, "val")
+    if index < 0 or not (literal or limit in places):
+        return None
+    out = body.outvars[index]
+    step = next((e for e in body.eqns if e.outvars[0] is out and e.primitive.name == "add"), None)
+    if step is None or body.invars[params["body_nconsts"] + index] not in step.invars:
+        return None
+    added = next((int(v.val) for v in step.invars if hasattr(v, "val")), 0)
+    if added <= 0:
+        return None
+    return Counter(index, added, None, np.asarray(limit.val)) if literal else Counter(index, added, places[limit])
+
+
 def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; said differently from JAX 0.11 on."""
     if "num_carry" in params:

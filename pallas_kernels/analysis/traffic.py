@@ -2,11 +2,10 @@
 
 `count_traffic(fn, *args)` traces the program and walks it with whatever is known: concrete arrays among the arguments
 (group sizes, indices, lengths) are followed through the ordinary operations, `jax.ShapeDtypeStruct`s are shapes alone.
-At every `pallas_call` of a TPU's the grid is gone through in its order, last axis fastest. A block is fetched when its index
-differs from the step before, and written back when the index of an output is about to change; only what lies inside
-the array counts. Copies that a kernel starts itself (`make_async_copy`, `emit_pipeline`) are summed as they start.
-
-A kernel of Mosaic GPU is walked by all of its blocks at once (`gpu_kernel.py`).
+At every `pallas_call` of a TPU's the grid is gone through in its order, last axis fastest. A block is fetched when its
+index differs from the step before, and written back when the index of an output is about to change; only what lies
+inside the array counts. Copies that a kernel starts itself (`make_async_copy`, `emit_pipeline`) are summed as they
+start. A kernel of Mosaic GPU is walked by all of its blocks at once (`gpu_kernel.py`).
 
 Not counted: what the padding of arrays to whole tiles adds, and that two cores which share a device may each fetch a
 block that is fetched once here.

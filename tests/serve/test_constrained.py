@@ -50,6 +50,16 @@ def test_json_by_a_schema(app, temperature) -> None:
     assert found["finish_reason"] == "stop"
 
 
+def test_a_schema_too_rich_to_follow_is_the_requests_error(app) -> None:
+    """It compiles, but what may come next is more than llguidance's limits allow."""
+    rich = {"type": "object", "properties": {f"p{i}": {} for i in range(900)}}
+    form = {"type": "json_schema", "json_schema": {"name": "rich", "schema": rich}}
+    error = refusal(app, CHAT, {"messages": HELLO, "response_format": form, **NO_THOUGHT}, 400)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "grammar_error")
+    assert "grammar cannot go on" in error["message"]
+    assert choice(app, response_format=FORM, **NO_THOUGHT)["finish_reason"] == "stop"
+
+
 def test_the_schema_follows_the_thought(app) -> None:
     found = choice(app, response_format=FORM, thinking={"type": "enabled", "budget_tokens": 20})
     jsonschema.validate(json.loads(found["message"]["content"]), SCHEMA)
