@@ -57,6 +57,9 @@ class SamplingOptions(TypedDict, total=False):
 HostArray = Any  # numpy's on the host, jax's where a function of them is traced
 
 
+_PART = 128  # neighbouring logits of which the largest is taken first
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -125,16 +128,30 @@ def sample(
     adjusted = adjust_logits(logits, params, counts, vocab_size)
     if allowed is not None:
         adjusted = jnp.where(allowed, adjusted, -jnp.inf)
-    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    greedy = likeliest_token(adjusted)
 
     def draw() -> Int[Array, " B"]:
         noise = jax.vmap(lambda seed, position: _gumbel(seed, position, logits.shape[-1]))(params.seed, positions)
-        drawn = jnp.argmax(filter_logits(adjusted, params) + noise, axis=-1).astype(jnp.int32)
+        drawn = likeliest_token(filter_logits(adjusted, params) + noise)
         return jnp.where(params.temperature > 0, drawn, greedy)
 
     tokens = jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def likeliest_token(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the largest, as `argmax`, which XLA does not vectorise on CPU: a third of its time for 32 x 32768.
+
+    So the place is looked for only in that part of a row that has the largest.
+    """
+    size = logits.shape[-1]
+    if size % _PART or any(jax.typeof(logits).sharding.spec):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    parts = logits.reshape(-1, size // _PART, _PART)
+    first = jnp.argmax(jnp.max(parts, axis=-1), axis=-1)
+    inside = jnp.argmax(jnp.take_along_axis(parts, first[:, None, None], axis=1)[:, 0], axis=-1)
+    return (first * _PART + inside).astype(jnp.int32)
 
 
 def adjust_logits(

@@ -7,8 +7,7 @@
 namespace native {
 namespace {
 
-constexpr int64_t kBlock = 64;  // outputs of a piece of work
-constexpr int64_t kPanel = 16 * kRows;  // rows of a piece at a time
+constexpr int64_t kPanel = 384;  // rows of a piece at a time: a quarter of the second cache
 
 template <int count>
 void put(float* at, const float* x) {
@@ -111,9 +110,10 @@ ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* fi
     const Chosen& one = chosen[i / of_each];
     const int64_t first = i % of_each * kBlock, last = std::min(first + kBlock, columns);
     const int64_t matrix = one.expert * columns * inputs;
-    std::vector<float> ups(second_matrices ? kPanel * kBlock : 0);
-    for (int64_t start = one.first; start < one.first + one.rows; start += kPanel) {
-      const int64_t count = std::min(kPanel, one.first + one.rows - start);
+    std::vector<float> ups(second_matrices ? std::min(kPanel, one.rows) * kBlock : 0);
+    const int64_t panels = (one.rows + kPanel - 1) / kPanel;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t start = one.first + one.rows * p / panels, count = one.first + one.rows * (p + 1) / panels - start;
       float* mine = out + start * columns;
       const T* after = piece_of(first_matrices, i + 1);
       products(&in[start], count, first_matrices + matrix, inputs, inputs, first, last,

@@ -1,7 +1,8 @@
 // Products of few or many rows with weights that lie row-major as [outputs, inputs], read once where they lie.
 //
-// Both operands are contiguous along the contraction, so nothing is packed: a tile of rows times a tile of outputs is
-// kept in registers while one goes along both. The outputs' weights stay in the first cache over all tiles of rows.
+// Both operands are contiguous along the contraction. Few rows need nothing packed: a tile of rows times a tile of
+// outputs is kept in registers while one goes along both, and summed over its lanes. Many rows pay for turning weights
+// around, a piece at a time, so that lanes are outputs.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +14,10 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -28,6 +33,10 @@ constexpr int kLanes = 8, kRows = 3, kOutputs = 4;
 constexpr int kLanes = 4, kRows = 4, kOutputs = 4;
 #endif
 constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kBlock = 64;  // outputs of a piece of work
+constexpr int64_t kDepth = 64;  // inputs of as many weights as are turned around at once: a third of the first cache
+constexpr int64_t kManyRows = 20;  // from which that pays
+constexpr int kWide = 4;  // vectors of outputs that are kept in registers
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -169,13 +178,12 @@ inline void tile(int rows, const float* const* a, const T* w, int64_t stride, in
   }
 }
 
-// store(m, n, values, count) for rows a[0 : rows] and outputs [first, last) of w, `count` of them at a time. A tile of rows stays in the first cache, the
-// outputs' weights in the second: a few dozen of them at a time are best.
+// A tile of rows stays in the first cache, the outputs' weights in the second: a few dozen of them at a time are best.
 //
 // Memory never rests: while the first tile of rows goes along the weights, the next outputs' are fetched, and while the
 // other tiles do, as many bytes of `ahead`, which is read next.
 template <class T, class Store>
-void products(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
+void few_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
               const T* ahead, Store store) {
   float out[kRows][kOutputs];
   const int64_t tiles = (rows + kRows - 1) / kRows, a_step = kOutputs * kLanes * sizeof(T);
@@ -202,6 +210,139 @@ void products(const float* const* a, int64_t rows, const T* w, int64_t stride, i
     fetch.bytes = later.bytes;
     m += some;
   }
+}
+
+// Vectors of which every four lanes are four numbers of a row: lanes 4 g to 4 g + 3 those of the row 4 g rows on.
+inline Vec quads(const float* at, int64_t stride) {
+  Four first;
+  std::memcpy(&first, at, sizeof first);
+#if defined(__AVX512F__)
+  __m512 all = _mm512_castps128_ps512(first);
+  all = _mm512_insertf32x4(all, _mm_loadu_ps(at + 4 * stride), 1);
+  all = _mm512_insertf32x4(all, _mm_loadu_ps(at + 8 * stride), 2);
+  return _mm512_insertf32x4(all, _mm_loadu_ps(at + 12 * stride), 3);
+#elif defined(__AVX__)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(at + 4 * stride), 1);
+#else
+  return first;
+#endif
+}
+
+// panel[n / (kWide * kLanes)][k][n % (kWide * kLanes)] = w[n * stride + k], for k below `depth`, n below `outputs`.
+template <class T>
+void turn_around(const T* w, int64_t stride, int64_t outputs, int64_t depth, float* panel) {
+  float widened[kLanes * kDepth];
+  for (int64_t n = 0; n < outputs; n += kLanes) {
+    const int64_t rows = std::min<int64_t>(kLanes, outputs - n);
+    const float* from = widened;
+    int64_t apart = kDepth, k = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      from = w + n * stride, apart = stride;
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < depth; ++j) widened[i * kDepth + j] = wide(w[(n + i) * stride + j]);
+    }
+    float* to = panel + n / (kWide * kLanes) * kDepth * kWide * kLanes + n % (kWide * kLanes);
+    for (; rows == kLanes && k + 4 <= depth; k += 4, to += 4 * kWide * kLanes) {
+      Vec r[4];
+      for (int j = 0; j < 4; ++j) r[j] = quads(from + j * apart + k, apart);
+      Vec low = pairs(r[0], r[1], false), low2 = pairs(r[2], r[3], false);
+      Vec high = pairs(r[0], r[1], true), high2 = pairs(r[2], r[3], true);
+      put(to, evens(low, low2));
+      put(to + kWide * kLanes, odds(low, low2));
+      put(to + 2 * kWide * kLanes, evens(high, high2));
+      put(to + 3 * kWide * kLanes, odds(high, high2));
+    }
+    for (; k < depth; ++k, to += kWide * kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) to[i] = i < rows ? from[i * apart + k] : 0.0f;
+  }
+}
+
+// The weights that are turned around next: `each` rows of them at each step.
+struct FetchRows {
+  const char* at;
+  int64_t stride, bytes, left, each;
+
+  void step() {
+    for (int64_t i = std::min(each, left); i > 0; --i, --left, at += stride)
+      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(at + b, 0, 2);
+  }
+};
+
+// M rows times a panel's outputs: sums[m][n] += sum over k of a[m][k] panel[k][n].
+template <int M>
+inline void wide_tile(const float* const* a, int64_t start, int64_t depth, const float* panel, float* sums,
+                      FetchRows& fetch) {
+  const float* row[M];
+  Vec totals[M][kWide];
+  for (int m = 0; m < M; ++m) {
+    row[m] = a[m] + start;
+    for (int n = 0; n < kWide; ++n) totals[m][n] = load(sums + m * kBlock + n * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, panel += kWide * kLanes) {
+    if (k % 4 == 0) fetch.step();
+    Vec b[kWide];
+#pragma GCC unroll 8
+    for (int n = 0; n < kWide; ++n) b[n] = load(panel + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      Vec x = row[m][k] - Vec{};  // in every lane
+#pragma GCC unroll 8
+      for (int n = 0; n < kWide; ++n) totals[m][n] += x * b[n];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < kWide; ++n) put(sums + m * kBlock + n * kLanes, totals[m][n]);
+}
+
+inline void wide_tile(int rows, const float* const* a, int64_t start, int64_t depth, const float* panel, float* sums,
+                      FetchRows& fetch) {
+  switch (rows) {
+    case 1: return wide_tile<1>(a, start, depth, panel, sums, fetch);
+    case 2: return wide_tile<2>(a, start, depth, panel, sums, fetch);
+    case 3: return wide_tile<3>(a, start, depth, panel, sums, fetch);
+    case 4: return wide_tile<std::min(4, kRows)>(a, start, depth, panel, sums, fetch);
+    case 5: return wide_tile<std::min(5, kRows)>(a, start, depth, panel, sums, fetch);
+    default: return wide_tile<kRows>(a, start, depth, panel, sums, fetch);
+  }
+}
+
+// At most kBlock outputs. While one piece of the weights is computed with, the next is fetched.
+template <class T, class Store>
+void many_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first,
+               int64_t last, const T* ahead, Store store) {
+  const int64_t tiles = (rows + kRows - 1) / kRows, outputs = last - first;
+  alignas(64) float panel[kDepth * kBlock] = {};
+  std::unique_ptr<float[]> sums(new float[rows * kBlock]());
+  for (int64_t k = 0; k < size; k += kDepth) {
+    const int64_t depth = std::min(kDepth, size - k);
+    turn_around(w + first * stride + k, stride, outputs, depth, panel);
+    const T* next = k + kDepth < size ? w + first * stride + k + kDepth : ahead;
+    FetchRows fetch{reinterpret_cast<const char*>(next), stride * static_cast<int64_t>(sizeof(T)),
+                    kDepth * static_cast<int64_t>(sizeof(T)), next ? outputs : 0,
+                    (outputs + tiles * (kDepth / 4) - 1) / (tiles * (kDepth / 4))};
+    for (int64_t t = 0, m = 0; t < tiles; ++t) {
+      const int some = static_cast<int>((rows - m + tiles - t - 1) / (tiles - t));
+      for (int64_t n = 0; n < outputs; n += kWide * kLanes)
+        wide_tile(some, a + m, k, depth, panel + n * kDepth, &sums[m * kBlock + n], fetch);
+      m += some;
+    }
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    const float* at = &sums[m * kBlock];
+    int64_t n = first;
+    for (; n + kOutputs <= last; n += kOutputs, at += kOutputs) store(m, n, at, std::integral_constant<int, kOutputs>());
+    for (; n < last; ++n) store(m, n, at++, std::integral_constant<int, 1>());
+  }
+}
+
+// store(m, n, values, count) for rows a[0 : rows] and outputs [first, last) of w, at most kBlock of them, `count` of
+// them at a time. `ahead` is read next.
+template <class T, class Store>
+void products(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
+              const T* ahead, Store store) {
+  return rows < kManyRows ? few_rows(a, rows, w, stride, size, first, last, ahead, store)
+                          : many_rows(a, rows, w, stride, size, first, last, ahead, store);
 }
 
 // x[i] = silu(x[i]) * y[i]

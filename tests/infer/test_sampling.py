@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer import TokenCounts, sample, sampling_params
-from glm45_jax.infer.sampling import _gumbel, adjust_logits, count_prompt, filter_logits
+from glm45_jax.infer.sampling import _gumbel, adjust_logits, count_prompt, filter_logits, likeliest_token
 
 V = 50
 _sample, _adjust, _filter = jax.jit(sample), jax.jit(adjust_logits), jax.jit(filter_logits)
@@ -137,6 +137,17 @@ def test_greedy_takes_the_largest_adjusted_logit() -> None:
     tokens, _ = _sample(logits, params, np.arange(4), counts, V)
     assert (np.asarray(tokens) == np.asarray(_adjust(logits, params, counts, V)).argmax(-1)).all()
     assert (np.asarray(tokens) != logits.argmax(-1)).any()
+
+
+@pytest.mark.parametrize("size", [50, 128, 384])
+def test_the_first_of_the_largest(size) -> None:
+    """As `argmax`, of ties and infinities; a place in the row where there are no numbers."""
+    rows = np.random.default_rng(0).integers(-3, 3, (64, size)).astype(np.float32)
+    rows[1], rows[2], rows[3, 20:] = -np.inf, 0, np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest_token)(rows), np.argmax(rows, -1))
+    rows[:, 1::7] = np.nan
+    found = np.asarray(jax.jit(likeliest_token)(rows))
+    assert ((found >= 0) & (found < size)).all()
 
 
 def test_padded_rows_are_never_chosen() -> None:

@@ -37,11 +37,11 @@ def test_there_is_native_code_where_there_is_a_compiler():
     assert native.available()
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 29])
+@pytest.mark.parametrize("tokens", [1, 3, 29, 110])
 @pytest.mark.parametrize("sizes", [ODD, EVEN], ids=["odd", "even"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fused_moe(tokens, sizes, dtype):
-    """Every layer, with experts of other shards among those chosen."""
+    """Every layer, with experts of other shards among those chosen; of few rows each, and of many."""
     rng = np.random.default_rng(tokens)
     gate, up, down = matrices = experts_of(rng, sizes, 2, dtype)
     e, k, offset = sizes["experts"], 3, 2
@@ -63,13 +63,14 @@ def test_fused_moe(tokens, sizes, dtype):
         np.testing.assert_allclose(fused_moe_cpu.forward(*args, transpose_rhs=True), want, atol=2e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("rows", [1, 7, 100, 1500])
 @pytest.mark.parametrize("sizes", [ODD, EVEN], ids=["odd", "even"])
 @pytest.mark.parametrize("swiglu", [False, True], ids=["matmul", "swiglu"])
-def test_grouped(rows, sizes, swiglu):
-    """Groups without rows, rows before the first group and behind the last."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped(rows, sizes, swiglu, dtype):
+    """Groups without rows, with few and with many, rows before the first group and behind the last."""
     rng = np.random.default_rng(rows)
-    gate, up, _ = experts_of(rng, sizes, 2, "float32")
+    gate, up, _ = experts_of(rng, sizes, 2, dtype)
     lhs, e = normal(rng, rows, sizes["model"]), sizes["experts"]
     first = rows // 5
     cuts = np.sort(rng.integers(0, rows - first + 1, e))
@@ -83,7 +84,7 @@ def test_grouped(rows, sizes, swiglu):
     want, at = np.zeros((rows, sizes["width"])), first
     for g, count in enumerate(counts):
         x = np.asarray(lhs[at : at + count], np.float64)
-        products = [x @ np.asarray(m[1, g], np.float64).T for m in matrices]
+        products = [x @ np.asarray(m[1, g].astype(jnp.float32), np.float64).T for m in matrices]
         silu = lambda y: y / (1 + np.exp(-y))  # noqa: E731
         want[at : at + count] = silu(products[0]) * products[1] if swiglu else products[0]
         at += count
