@@ -13,7 +13,8 @@ _SLOWLY, _QUICKLY = 0.02, 0.2  # weight of the newest, in running means of draft
 _FIRST_GUESS = 0.7
 _LEAST_CHANCE = 0.3  # that a draft must have to be read
 _MARGIN = 1.02  # by which a change of mind must pay
-_PROBE_EVERY = 16  # requests that begin without drafts, then one with them, to see how it is now
+FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
+_SHARE_OF_TRIALS = 0.01  # of the time, where drafts do not pay, goes to see how it is now
 
 
 class Drafting:
@@ -29,7 +30,7 @@ class Drafting:
         self.given = self.accepted = 0
         self._seconds: dict[tuple[bool, int], float] = {}
         self._at_start: dict[int, tuple[float, float]] = {}
-        self._begun_without = 0
+        self._elapsed = self._on_trials = 0.0
 
     def saw(self, given: int, accepted: int) -> None:
         """Of one sequence in one step."""
@@ -43,6 +44,7 @@ class Drafting:
 
     def timed(self, rows: int, seconds: float, *, drafts: bool) -> None:
         """How long a step of `rows` decoding sequences took."""
+        self._elapsed += seconds
         before = self._seconds.get((drafts, rows), seconds)
         self._seconds[drafts, rows] = before + _QUICKLY * (seconds - before)
 
@@ -50,17 +52,27 @@ class Drafting:
         """For `rows` sequences decoding together; yes, as long as nothing is known."""
         if not self.most:
             return False
-        plain, drafted = (self._seconds.get((drafts, rows)) for drafts in (False, True))
-        if plain is None or drafted is None:
-            plain, drafted = self._at_start.get(rows, (1.0, 0.0))
+        plain, drafted = self._seconds_of(rows)
         return plain * sum(self.chance**i for i in range(self.most + 1)) > _MARGIN * drafted
 
+    def _seconds_of(self, rows: int) -> tuple[float, float]:
+        """Of a step without drafts and one with them; as if they cost nothing, as long as nothing is known."""
+        plain, drafted = (self._seconds.get((drafts, rows)) for drafts in (False, True))
+        if plain is None or drafted is None:
+            return self._at_start.get(rows, (1.0, 0.0))
+        return plain, drafted
+
     def begins_with_drafts(self, rows: int) -> bool:
-        """Whether a sequence that comes to `rows - 1` others is to begin with drafts."""
+        """Whether a sequence that comes to `rows - 1` others is to begin with drafts: they pay, or it is time for a
+        trial, in which all `rows` take the longer steps."""
         if self.pays(rows):
             return True
-        self._begun_without += 1
-        return self.most > 0 and self._begun_without % _PROBE_EVERY == 0
+        plain, drafted = self._seconds_of(rows)
+        cost = FAIR_TRIAL * max(drafted - plain, 0.0)
+        if not self.most or self._on_trials + cost > _SHARE_OF_TRIALS * self._elapsed:
+            return False
+        self._on_trials += cost
+        return True
 
     @property
     def worth_reading(self) -> int:

@@ -28,7 +28,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.infer.calibrate import checked_cache, sample_for
 from glm45_jax.infer.channel import Lost
 from glm45_jax.infer.constraint import Constraints, Place
-from glm45_jax.infer.drafting import Drafting
+from glm45_jax.infer.drafting import FAIR_TRIAL, Drafting
 from glm45_jax.infer.following import Leading, others_of
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.grammar import Grammar, Grammars
@@ -47,7 +47,6 @@ from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
 _TIMED_STEPS = 8  # at the start, of each kind and number of rows
-_FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
 
@@ -366,7 +365,7 @@ class Engine:
         pays = self._drafting.pays(self.options.rows(len(running)))
         self._scheduler.drafts_ahead = pays  # else all tokens are soon known, and a sequence can go on without drafts
         for sequence in running if not pays else ():
-            if sequence.drafting and sequence.answered > _FAIR_TRIAL and not sequence.pending:
+            if sequence.drafting and sequence.answered > FAIR_TRIAL and not sequence.pending:
                 sequence.drafting, sequence.drafts = False, []
         self._scheduler.most_drafts = self._drafting.worth_reading
 

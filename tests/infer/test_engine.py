@@ -14,7 +14,7 @@ import pytest
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine, EngineOptions, generate_detailed
-from glm45_jax.infer.drafting import Drafting
+from glm45_jax.infer.drafting import FAIR_TRIAL, Drafting
 from tests.support import random_params, small_config, small_tokenizer
 
 CONFIG = small_config(num_hidden_layers=2, eos_token_id=(94, 95))
@@ -292,11 +292,27 @@ def test_whether_drafts_pay():
     for _ in range(200):
         drafting.saw(2, 0)
     assert drafting.chance < 0.05 and not drafting.pays(4) and drafting.worth_reading == 1
-    assert [drafting.begins_with_drafts(4) for _ in range(32)].count(True) == 2
+    assert not any(drafting.begins_with_drafts(4) for _ in range(32))
     for _ in range(400):
         drafting.saw(2, 2)
     assert drafting.pays(4) and drafting.worth_reading == 2
     assert not Drafting(0).pays(1)
+
+
+def test_trials_of_drafts_that_do_not_pay_take_a_hundredth_of_the_time():
+    """A trial makes every sequence's steps longer, for several tokens."""
+    drafting = Drafting(2)
+    drafting.timed_at_start(16, 1.0, 4.0)
+    lost = elapsed = 0.0
+    for _ in range(10_000):
+        drafting.timed(16, 1.0, drafts=False)
+        elapsed += 1.0
+        if drafting.begins_with_drafts(16):
+            lost += FAIR_TRIAL * 3.0
+            elapsed += FAIR_TRIAL * 4.0
+            for _ in range(FAIR_TRIAL):
+                drafting.timed(16, 4.0, drafts=True)
+    assert 0.005 < lost / elapsed < 0.011
 
 
 def test_what_was_timed_at_the_start_counts_until_both_kinds_are_seen():
