@@ -59,27 +59,21 @@ def _read(params: Params, config: ModelConfig, pages: Any, slots: Slots, flat: A
     return steps.read(params, config, pages, slots, Reading.unpacked(flat, sizes), most=most)
 
 
-@functools.partial(jax.jit, static_argnames="sizes")
-def _choose(done: Any, slots: Slots, sampling: Any, flat: Any, vocab_size: Any, special: Any, sizes: Any) -> Chosen:
-    return steps.choose(done[0], slots, sampling, _as_read(flat, sizes, done), vocab_size, special)
+_choose = jax.jit(steps.choose)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
 def _draft(
-    params: Params, config: ModelConfig, pages: Any, hidden: Any, done: Any, chosen: Chosen, sampling: Any, flat: Any,
+    params: Params, config: ModelConfig, pages: Any, done: Any, chosen: Chosen, sampling: Any, flat: Any,
     vocab_size: Any, sizes: Any, most: int,
 ) -> Drafted:  # fmt: skip
-    reading, sampling = _as_read(flat, sizes, done), without_biases(sampling)
-    args = hidden, chosen.slots, chosen.tokens, sampling, reading, vocab_size
+    hidden, tokens, rows = done
+    reading = Reading.unpacked(flat, sizes)._replace(tokens=tokens, lengths=rows.lengths)
+    args = hidden, chosen.slots, chosen.tokens, without_biases(sampling), reading, vocab_size
     return steps.draft(params, config, pages, *args, most=most)
 
 
 _likeliest = jax.jit(steps.likeliest)
-
-
-def _as_read(flat: Any, sizes: tuple[int, int, int], done: tuple[Any, Any, Any]) -> Reading:
-    """What a step has read; `done`: its logits, tokens and lengths."""
-    return Reading.unpacked(flat, sizes)._replace(tokens=done[1], lengths=done[2])
 
 
 class Programs:
@@ -88,7 +82,7 @@ class Programs:
     def __init__(self, params: Params, config: ModelConfig, sizes: Sizes):
         self.params, self.config, self.sizes = params, config, sizes
         self._vocab_size = np.int32(sizes.vocab_size)
-        self._done: Any = None  # what `read` leaves for `choose`
+        self._done: Read | None = None  # for `choose`; its pages are in their place already
         self._kept: tuple[SamplingParams, SamplingParams] | None = None
 
     def prepare(self) -> None:
@@ -109,7 +103,7 @@ class Programs:
         """Reads a step's tokens; up to `most` drafts follow each row's last."""
         self._flat, self._sizes, self._most = reading.packed(), reading.sizes, most
         done = _read(self.params, self.config, self._pages, self._slots, self._flat, sizes=reading.sizes, most=most)
-        self._done, self._hidden, self._pages = (done.logits, done.tokens, done.lengths), done.hidden, done.pages
+        self._done, self._pages = done, done.pages
 
     def choose(self, sampling: SamplingParams, special: Special | None, top: bool) -> Outcome:
         """What comes after the tokens that were read last.
@@ -117,16 +111,16 @@ class Programs:
         Args:
           top: the likeliest tokens are wanted too.
         """
-        vocab, flat, done, drafted = self._vocab_size, self._flat, self._done, None
-        sampling = self._resident(sampling)
-        chosen = _choose(done, self._slots, sampling, flat, vocab, special, sizes=self._sizes)
+        vocab, done, drafted = self._vocab_size, self._done, None
+        assert done is not None, "nothing was read"
+        self._done, sampling = None, self._resident(sampling)
+        chosen = _choose(done.logits, self._slots, sampling, done.rows, vocab, special)
         self._slots = chosen.slots
-        likely = _likeliest(done[0], vocab) if top else None
-        if self._hidden is not None:
-            args = self._pages, self._hidden, done, chosen, sampling, flat, vocab
+        likely = _likeliest(done.logits, vocab) if top else None
+        if done.hidden is not None:
+            args = self._pages, (done.hidden, done.tokens, done.rows), chosen, sampling, self._flat, vocab
             drafted = _draft(self.params, self.config, *args, sizes=self._sizes, most=self._most)
             self._slots, self._pages = drafted.slots, drafted.pages
-        self._done = self._hidden = None
         return Outcome(chosen, drafted, likely)
 
     def _resident(self, sampling: SamplingParams) -> SamplingParams:

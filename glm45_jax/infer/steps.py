@@ -66,6 +66,14 @@ class Reading(NamedTuple):
         return cls(**parts)
 
 
+class Rows(NamedTuple):
+    """Of a step that is read, what the choice of tokens looks at: the same programs for all numbers of tokens."""
+
+    lengths: Int[Array, " R"]
+    drafts: Int[Array, " R"]
+    to_slot: Int[Array, " R"]
+
+
 class Slots(NamedTuple):
     """What the last step of each slot has left for the next one."""
 
@@ -86,7 +94,7 @@ class Read(NamedTuple):
     logits: Float[Array, "W V"]
     hidden: Float[Array, "N D"] | None  # for `draft`
     tokens: Int[Array, " N"]
-    lengths: Int[Array, " R"]
+    rows: Rows
     pages: Pages
 
 
@@ -120,15 +128,16 @@ def read(params: Params, config: ModelConfig, pages: Array, slots: Slots, readin
     batch = Ragged(reading.tokens, reading.starts, reading.lengths, reading.page_table, reading.num_rows)
     place = jnp.minimum(jnp.arange(most + 1), reading.drafts[:, None])
     step = paged_step(params, config, pages, batch, jnp.maximum(_last_place(reading)[:, None] + place, 0).reshape(-1))
-    tokens, lengths = whole_everywhere((reading.tokens, reading.lengths))
-    return Read(step.logits, step.hidden if most else None, tokens, lengths, step.pages)
+    rows = Rows(reading.lengths, reading.drafts, reading.to_slot)
+    tokens, rows = whole_everywhere((reading.tokens, rows))
+    return Read(step.logits, step.hidden if most else None, tokens, rows, step.pages)
 
 
 def choose(
     logits: Float[Array, "W V"],
     slots: Slots,
     sampling: SamplingParams,
-    reading: Reading,
+    rows: Rows,
     vocab_size: Int[Array, ""],
     special: Special | None,
 ) -> Chosen:
@@ -137,18 +146,17 @@ def choose(
     A token depends on its sequence's seed and its position, and on what was read before it: behind drafts that hold
     stands what would have been chosen without them, drawn or not.
     """
-    rows = reading.lengths.shape[0]
-    each = logits.shape[0] // rows
+    each = logits.shape[0] // len(rows.lengths)
     counts, allowed = None, None
     if special is not None:
         counts = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), special.counts)
         allowed = _bits(special.allowed, logits.shape[1])
-    positions = (reading.lengths - reading.drafts)[:, None] + jnp.arange(each)
+    positions = (rows.lengths - rows.drafts)[:, None] + jnp.arange(each)
     sampling = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), sampling)
     tokens, logprobs = (
-        x.reshape(rows, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
+        x.reshape(-1, each) for x in sample(logits, sampling, positions.reshape(-1), counts, vocab_size, allowed)
     )
-    slots = slots._replace(tokens=slots.tokens.at[reading.to_slot, 0].set(tokens[:, 0], mode="drop"))
+    slots = slots._replace(tokens=slots.tokens.at[rows.to_slot, 0].set(tokens[:, 0], mode="drop"))
     return whole_everywhere(Chosen(tokens, logprobs, slots))
 
 

@@ -182,8 +182,7 @@ def engine_program(config: ModelConfig, mesh: Mesh, batch_size: int, seq_len: in
 
     def step(params: Any, pages: Any, slots: Any, reading: Any, sampling: Any, vocab_size: Any) -> Any:
         done = read(params, config, pages, slots, reading, most=0)
-        reading = reading._replace(tokens=done.tokens, lengths=done.lengths)
-        return choose(done.logits, slots, sampling, reading, vocab_size, None), done.pages
+        return choose(done.logits, slots, sampling, done.rows, vocab_size, None), done.pages
 
     steering = (_nothing(params), _nothing(pages), Slots(NO_VALUE, nothing), reading, _nothing(sampling), NO_VALUE)
     parts = {"parameters": params, "cache": pages, "batch": shapes}

@@ -25,5 +25,5 @@ def quick_programs() -> Iterator[None]:
             function = getattr(programs, name).__wrapped__
             jitted = quick_jit(function, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
             patch.setattr(programs, name, jitted)
-        patch.setattr(programs, "_choose", quick_jit(programs._choose.__wrapped__, static_argnames="sizes"))
+        patch.setattr(programs, "_choose", quick_jit(programs._choose.__wrapped__))
         yield

@@ -110,9 +110,7 @@ def test_a_decode_step_on_a_cpu_reads_matrices_where_they_lie() -> None:
     step = jax.jit(lambda p, c, t: glm.decode_step(p, config, c, t)).lower(params, cache, np.zeros(2, np.int32))
     text = step.compile().as_text()
     calls = {name: text.count(f'custom_call_target="glm45_{name}"') for name in ("grouped", "fused_moe")}
-    assert (
-        calls["grouped"] >= 4 and calls["fused_moe"] == 3
-    )  # dense MLP, shared expert, routed ones
+    assert calls["grouped"] >= 4 and calls["fused_moe"] == 3  # dense MLP, shared expert, routed ones
     shapes = {x.shape[1:] for kind in ("dense_layers", "moe_layers") for x in jax.tree.leaves(params[kind])}
     large = {shape for shape in shapes if np.prod(shape) >= layers._LARGE_WEIGHT}
     assert len(large) >= 5
