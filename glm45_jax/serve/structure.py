@@ -33,16 +33,16 @@ class ToolChoice:
     """Whether tools are to be called.
 
     Attributes:
-      kind: auto, none, required, or named.
-      name: of the tool, where it is named.
+      kind: auto, none, or required.
+      names: of the tools that may be called, where not all may.
     """
 
     kind: str
-    name: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def must_call(self) -> bool:
-        return self.kind in ("required", "named")
+        return self.kind == "required"
 
 
 def read_structure(fields: Fields) -> Structure | None:
@@ -121,23 +121,38 @@ def _made(make: Callable[[], Any], field: str) -> Any:
 
 
 def read_tool_choice(fields: Fields, tools: list[dict[str, Any]] | None) -> ToolChoice:
-    """`auto`, `none`, `required`, or an object that names a function. Raises `ApiError`."""
+    """`auto`, `none`, `required`, or an object that names a function, or those that are allowed. Raises `ApiError`."""
     choice = fields.get("tool_choice", "auto")
     if choice in ("auto", "none"):
         return ToolChoice(choice)
     if choice == "required":
         found = ToolChoice(choice)
+    elif isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        own = fields.object("tool_choice")
+        inside = own.object("allowed_tools") if "allowed_tools" in choice else own  # flat in /v1/responses
+        mode, listed = inside.text("mode"), inside.get("tools")
+        if mode not in ("auto", "required"):
+            raise inside.wrong("mode", "expected auto or required")
+        if not isinstance(listed, list) or not listed:
+            raise inside.wrong("tools", "expected a list of tools, each by its name")
+        found = ToolChoice(mode, tuple(_named(fields, tool) for tool in listed))
     else:
-        function = choice.get("function", choice) if isinstance(choice, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or choice.get("type", "function") != "function":
-            raise fields.wrong("tool_choice", "expected auto, none, required, or an object that names a function")
-        if name not in [_function(tool)["name"] for tool in tools or []]:
+        found = ToolChoice("required", (_named(fields, choice),))
+    known = [_function(tool)["name"] for tool in tools or []]
+    for name in found.names:
+        if name not in known:
             raise fields.wrong("tool_choice", f"there is no tool {name[:80]!r}")
-        found = ToolChoice("named", name)
     if not tools:
         raise fields.wrong("tool_choice", "there are no tools to call")
     return found
+
+
+def _named(fields: Fields, choice: Any) -> str:
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or choice.get("type", "function") != "function":
+        raise fields.wrong("tool_choice", "expected auto, none, required, or an object that names a function")
+    return name
 
 
 def _function(tool: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +165,8 @@ def compiled(
     """The grammar for `Engine.submit`, where the request needs one. Raises `ApiError`."""
     source, field = (wanted.source, wanted.field) if wanted else (None, "tools")
     strict = any(_function(tool).get("strict") is True for tool in tools or [])
-    if tools and choice.kind != "none" and (choice.must_call or strict or wanted):
-        tools = [tool for tool in tools if choice.kind != "named" or _function(tool)["name"] == choice.name]
+    if tools and choice.kind != "none" and (choice.must_call or choice.names or strict or wanted):
+        tools = [tool for tool in tools if not choice.names or _function(tool)["name"] in choice.names]
         how: dict[str, Any] = {"required": choice.must_call, "parallel": parallel, "content": source}
         newlines = calls_have_newlines(model)
         source = _made(lambda: calls_source(tools, newlines=newlines, **how), "tools")

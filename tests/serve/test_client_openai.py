@@ -252,7 +252,15 @@ def test_a_response_by_a_schema(random) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}], ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "name": "get_weather"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]},
+    ],
+    ids=str,
+)
 def test_a_response_that_must_call(random, choice) -> None:
     found = respond(random, tools=[FLAT], tool_choice=choice, max_output_tokens=300, extra_body={"seed": 1})
     assert "get_weather" in [item.name for item in found.output if item.type == "function_call"]

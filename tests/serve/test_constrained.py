@@ -148,6 +148,28 @@ def test_calls_that_must_come(engine, tokenizer, monkeypatch, template, thinking
             assert check_calls(found["message"]) == [name] and found["finish_reason"] == "tool_calls"
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_allowed_tools_are_called(app, tokenizer) -> None:
+    """All tools stand in the prompt, whose beginning stays the same; some may be called, or one of them must be."""
+    call = {str(tokenizer.token_id("<tool_call>")): 100}
+    for seed in range(3):
+        fields: dict[str, Any] = {"tools": TOOLS, "parallel_tool_calls": False, "seed": seed, **NO_THOUGHT}
+        must = choice(app, tool_choice=allowed("required", "now"), **fields)
+        assert check_calls(must["message"]) == ["now"]
+        may = choice(app, tool_choice=allowed("auto", "now"), logit_bias=call, **fields)
+        assert [call["function"]["name"] for call in may["message"]["tool_calls"]] == ["now"]
+    bias = {str(tokenizer.token_id("<tool_call>")): -100, str(tokenizer.eos_ids[0]): 3}
+    silent = choice(app, tools=TOOLS, tool_choice=allowed("auto", "now"), logit_bias=bias, **NO_THOUGHT)
+    assert "tool_calls" not in silent["message"]
+    for wrong in (allowed("maybe", "now"), allowed("auto"), allowed("auto", "none"), {"type": "allowed_tools"}):
+        error = refusal(app, CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": wrong}, 400)
+        assert "tool_choice" in error["message"]
+
+
 def test_strict_tools_may_be_left_alone(app, tokenizer) -> None:
     """With tool_choice auto text may come; a call is one that the schema allows."""
     bias = {str(tokenizer.token_id("<tool_call>")): 100}
