@@ -136,7 +136,7 @@ def main(options: Options) -> int:
 
 
 def is_missing(row: dict[str, Any] | None, compiled: bool) -> bool:
-    return row is None or "error" in row or (compiled and row["memory"]["peak"] is None)
+    return row is None or "error" in row or (compiled and row["fits"] is None)
 
 
 def planned(entry: Entry, options: Options) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def put(file: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
     rows[name] = row
     order = {entry.name: i for i, entry in enumerate(entries())}
     rows = dict(sorted(rows.items(), key=lambda item: order.get(item[0], len(order))))
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items()]
+    lines = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in rows.items()]
     written(file, "{\n" + ",\n".join(lines) + "\n}\n")
     return rows
 
@@ -183,9 +183,10 @@ not there, by `scripts/prove_plans.py` (`docs/proofs/plans.json` has all figures
 `glm45 plan train`, `prefill` and `decode` make one.
 
 - *Peak* is the compiler's, of a device; *limit* its memory less what the runtime keeps. Where a peak is given as "more
-  than", nothing was compiled: parameters, optimizer, cache and saved activations, without the step's temporaries. The
-  times of such a row are counted from the program that would be compiled; XLA's own copies and collectives are missing
-  (of the step of GLM-4.5 on v5p:8x8x4, 4 % of the memory's time and 2 % of the links').
+  than", nothing was compiled (or, beside "no", it was refused without a figure): parameters, optimizer, cache and saved
+  activations, without the step's temporaries. The times of such a row are counted from the program that would be
+  compiled; XLA's own copies and collectives are missing (of the step of GLM-4.5 on v5p:8x8x4, 4 % of the memory's time
+  and 2 % of the links').
 - *Compute*: executed FLOPs (recomputation and padding included) at the bf16 peak. *Memory*: bytes read and written at
   the memory's speed (on GPUs a kernel's operands once, as if the L2 cache kept them). *Links*: the busiest mesh
   axis, its bytes at the speed of the links that it lies on.

@@ -221,7 +221,7 @@ def _largest_batch(args: Train, best: Plan) -> Plan:
 
 
 def _write(file: Path, plan: Plan) -> None:
-    text = json.dumps(plan.as_json(), indent=2) + "\n"
+    text = json.dumps(plan.as_json(), indent=2, allow_nan=False) + "\n"
     if file == Path("-"):
         print(text, end="")
         return

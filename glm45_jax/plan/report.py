@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 from typing import Any
 
 import jax
@@ -138,11 +139,15 @@ class Plan:
         return self.model_flops / (self.chips * self.chip_flops_per_s * self.roofline_seconds)
 
     def as_json(self) -> dict[str, Any]:
+        """For JSON, which knows no infinity: memory is null, and `fits` false, where the compiler refused the program
+        as too large without a figure."""
         derived = (
             "compute_seconds", "memory_seconds", "collective_seconds", "roofline_seconds", "serial_seconds", "bound_by",
             "mfu",
         )  # fmt: skip
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        plain = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        memory = {part: None if size == math.inf else size for part, size in plain["memory"].items()}
+        return plain | {"memory": memory}
 
 
 @dataclasses.dataclass(frozen=True)

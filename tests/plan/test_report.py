@@ -177,6 +177,22 @@ def test_the_largest_batch(fixed: float, each: float, more: float, largest: int)
     assert largest_batch(plan_of(8), plan_of) == 8 * largest
 
 
+def test_a_program_too_large_by_no_one_knows_how_much() -> None:
+    """JSON has no infinity."""
+    plan = fake_plan(8, math.inf).as_json()
+    assert plan["memory"]["peak"] is None and plan["fits"] is False
+    assert json.loads(json.dumps(plan, allow_nan=False))["memory"]["peak"] is None
+
+
+def test_no_published_plan_does_less_than_its_model_asks_for() -> None:
+    """A kernel that is not counted would show as a share of the peak that cannot be reached."""
+    plans = json.loads((Path(__file__).parents[2] / "docs" / "proofs" / "plans.json").read_text())
+    assert len(plans) >= 60
+    for name, p in plans.items():
+        assert p["mfu"] <= 1, name
+        assert p["program"] != "train" or p["flops"] * p["devices"] > p["model_flops"], name
+
+
 def test_a_job_says_what_it_is() -> None:
     job = decode_job(get_preset("tiny"), "tiny", 8, 128)
     assert isinstance(job, Job)
