@@ -146,6 +146,10 @@ def described(chip: str | None) -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axes, abstract_device=device))
 
 
+_WALKS_KEPT = 64
+_walked: dict[Any, KernelTraffic] = {}  # of kernels on GPUs: the same one stands in a program many times
+
+
 class ProgramWalk(Interpreter):
     counted = KERNELS
 
@@ -186,6 +190,15 @@ def kernel_traffic(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
 def _gpu_kernel(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
     """Of one `mpmd_map`: blocks that go through the whole of what they are told to by scalars in main memory."""
     (mesh,), (jaxpr,), name = eqn.params["meshes"], eqn.params["jaxprs"], eqn.params["name"]
+    key = mesh, str(jaxpr), *((x.shape, x.tobytes()) if known(x) else None for x in args)
+    if key not in _walked:
+        _walked[key] = _walk_gpu_kernel(eqn, args, mesh, jaxpr, name)
+        while len(_walked) > _WALKS_KEPT:
+            del _walked[next(iter(_walked))]
+    return _walked[key]
+
+
+def _walk_gpu_kernel(eqn: Any, args: Sequence[Any], mesh: Any, jaxpr: Any, name: str) -> KernelTraffic:
     totals = Copies()
     walk = GpuKernelWalk(name, dict(mesh.shape), totals)
     names = argument_names(jaxpr)
