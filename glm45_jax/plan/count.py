@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from glm45_jax.plan.collectives import Collective, mean_distance
-from pallas_kernels.analysis.interpreter import UnknownValueError, loop_counter
+from pallas_kernels.analysis.interpreter import UnknownValueError, loop_counter, scan_parts
 from pallas_kernels.analysis.kernel import item_bytes
 from pallas_kernels.analysis.traffic import ProgramWalk, kernel_traffic
 from pallas_kernels.analysis.values import UNKNOWN, known
@@ -187,7 +187,7 @@ class _Count(ProgramWalk):
         if known(*args):  # of what steers the kernels: evaluated, round by round
             self._interesting[id(p["jaxpr"])] = (p["jaxpr"], True)
             return super()._scan(eqn, args)
-        consts, carry = _scan_parts(p)
+        consts, carry = scan_parts(p)
         first = consts + carry
         at = p["length"] - 1 if p["reverse"] else 0
         if not p["length"]:
@@ -314,14 +314,6 @@ def _exchanged(x: np.ndarray, n: int, p: dict[str, Any]) -> np.ndarray:
     return np.stack([np.squeeze(mine, axis=p["split_axis"])] * n, axis=p["concat_axis"])
 
 
-def _scan_parts(p: dict[str, Any]) -> tuple[int, int]:
-    """How many operands of a scan are constants and how many are carried; said differently from JAX 0.11 on."""
-    if "num_carry" in p:
-        return p["num_consts"], p["num_carry"]
-    consts, carry, _ = p["ft_in"].unpack()
-    return len(consts), len(carry)
-
-
 def _rounds(p: dict[str, Any], consts: Sequence[Any], carry: Sequence[Any]) -> int | None:
     """Of a loop `while carry[i] < limit: carry[i] += step`, where both ends are known."""
     counter = loop_counter(p)
@@ -337,7 +329,7 @@ def _left_for_others(eqns: Sequence[Any]) -> float:
     saved: dict[Any, float] = {}
     for eqn in eqns:
         if eqn.primitive.name == "scan":
-            consts, carry = _scan_parts(eqn.params)
+            consts, carry = scan_parts(eqn.params)
             for v in eqn.invars[consts + carry :]:
                 if not hasattr(v, "val") and v in made:
                     saved[v] = math.prod(v.aval.shape) * item_bytes(v.aval.dtype)

@@ -269,7 +269,7 @@ class Interpreter:
     def _scan(self, eqn: Any, args: list[Any]) -> list[Any]:
         p = eqn.params
         body, length = p["jaxpr"], p["length"]
-        num_consts, num_carry = _scan_parts(p)
+        num_consts, num_carry = scan_parts(p)
         has_refs = any(not known(a) and a is not UNKNOWN for a in args)
         if not self.interesting(body) and not has_refs:
             return self._opaque(eqn, args)
@@ -338,7 +338,7 @@ def loop_counter(params: dict[str, Any]) -> Counter | None:
     return Counter(index, added, None, np.asarray(limit.val)) if literal else Counter(index, added, places[limit])
 
 
-def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; said differently from JAX 0.11 on."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]

@@ -190,7 +190,7 @@ def kernel_traffic(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
 def _gpu_kernel(eqn: Any, args: Sequence[Any]) -> KernelTraffic:
     """Of one `mpmd_map`: blocks that go through the whole of what they are told to by scalars in main memory."""
     (mesh,), (jaxpr,), name = eqn.params["meshes"], eqn.params["jaxprs"], eqn.params["name"]
-    key = mesh, str(jaxpr), *((x.shape, x.tobytes()) if known(x) else None for x in args)
+    key = name, mesh, str(jaxpr), *((x.shape, x.tobytes()) if known(x) else None for x in args)
     if key not in _walked:
         _walked[key] = _walk_gpu_kernel(eqn, args, mesh, jaxpr, name)
         while len(_walked) > _WALKS_KEPT:
