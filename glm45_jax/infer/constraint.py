@@ -82,8 +82,8 @@ class ThoughtMasks:
         return [(i, piece) for i, piece in pieces if b">" in piece]
 
     def is_blank(self, token: int) -> bool:
-        piece = self.bytes_of(token)
-        return piece != b"" and not piece.strip()
+        """Whether text may not have begun with it: whitespace, a control token, a part of a character."""
+        return not self.bytes_of(token).decode("utf-8", "ignore").strip()
 
     def bytes_of(self, token: int) -> bytes:
         """Of a token of text; none for control tokens."""

@@ -50,7 +50,7 @@ class Turn:
         """Whether a token is of the thought; behind the first word of the answer none is."""
         self._thinking = self._thinking or (token == self._opens and not self._answering)
         self.reasoning_tokens += self._thinking
-        if not self._thinking and not self._answering:
+        if not self._thinking and not self._answering and token not in self._closes:
             self._answering = token_text(self._model.tokenizer, token).strip() != ""
         self._thinking = self._thinking and token not in self._closes
 

@@ -335,6 +335,9 @@ def test_a_budget_without_a_grammar_ends_with_the_thought() -> None:
     assert allowed(constraint) == [{CLOSE}] and not constraint.done
     constraint.take(CLOSE)
     assert not constraint.done and {*range(384)} - allowed(constraint)[0] == {OPEN}  # once is enough
-    for token in [*spelled("\n Hello")]:
+    for token in [CLOSE, *END_IDS, *spelled("\n\x1c\u2003\xa0")]:  # none of them begins the answer
+        constraint.take(token)
+        assert OPEN not in allowed(constraint)[0], token
+    for token in [*spelled(" Hello")]:
         constraint.take(token)
     assert constraint.done and constraint.error is None
