@@ -65,9 +65,9 @@ def counted_ids() -> Callable[[], str]:
     return map("call_{}".format, itertools.count()).__next__
 
 
-def joined(chunks: Sequence[str], tools: Any, thinking: bool) -> tuple[Any, ...]:
+def joined(chunks: Sequence[str], tools: Any, thinking: bool, compact: bool = False) -> tuple[Any, ...]:
     """What a stream gives, put together as a client does."""
-    parser = parsing.StreamParser(tools, thinking, counted_ids())
+    parser = parsing.StreamParser(tools, thinking, counted_ids(), compact=compact)
     texts = {"reasoning_content": "", "content": ""}
     calls: list[list[str]] = []
     for delta in [delta for chunk in chunks for delta in parser.feed(chunk)] + parser.finish():
@@ -79,7 +79,8 @@ def joined(chunks: Sequence[str], tools: Any, thinking: bool) -> tuple[Any, ...]
         for field, text in delta.items():
             assert text
             texts[field] += text
-    return texts["reasoning_content"], texts["content"], calls, parser.unknown_tools, parser.truncated
+    left_out = parser.unknown_tools, parser.unfinished_names
+    return texts["reasoning_content"], texts["content"], calls, *left_out, parser.truncated
 
 
 def refuse(constant: str) -> None:
@@ -87,10 +88,10 @@ def refuse(constant: str) -> None:
 
 
 def check(
-    text: str, thinking: bool, tools: Any = TOOLS, seed: int = 0, every_cut: bool = False
+    text: str, thinking: bool, tools: Any = TOOLS, seed: int = 0, every_cut: bool = False, compact: bool = False
 ) -> parsing.ParsedOutput:
     """All that must hold for any text."""
-    whole = parsing.parse_output(text, tools, thinking, counted_ids())
+    whole = parsing.parse_output(text, tools, thinking, counted_ids(), compact)
     for call in whole.tool_calls:
         value = json.loads(call.json, parse_constant=refuse)
         assert isinstance(value, dict) and value == call.arguments
@@ -104,6 +105,7 @@ def check(
         whole.content or "",
         [[call.id, call.name, call.json] for call in whole.tool_calls],
         list(whole.unknown_tools),
+        list(whole.unfinished_names),
         whole.truncated,
     )
     rng = random.Random(seed)
@@ -111,7 +113,7 @@ def check(
     cuts += [range(1, len(text)), sorted(rng.randint(0, len(text)) for _ in range(rng.randint(2, 20)))]
     for cut in cuts:
         chunks = [text[a:b] for a, b in itertools.pairwise([0, *cut, len(text)])]
-        assert joined(chunks, tools, thinking) == expected, chunks
+        assert joined(chunks, tools, thinking, compact) == expected, chunks
     return whole
 
 
@@ -119,7 +121,8 @@ def check_bytes(data: bytes) -> None:
     """Any bytes as a text: one for the mode, two for the cuts, the others characters or tags."""
     text = data[3:].decode("latin-1").translate(BYTES)
     tools = TOOLS if data[:1] < b"\x80" else None
-    check(text, thinking=bool(data[:1] and data[0] & 1), tools=tools, seed=int.from_bytes(data[1:3], "big"))
+    mode = data[0] if data else 0
+    check(text, bool(mode & 1), tools, int.from_bytes(data[1:3], "big"), compact=bool(mode & 2))
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def check_message(message: dict[str, Any], template: str) -> None:
 
     text = rendered(message)
     start = len(rendered()) + len("<|assistant|>")
-    whole = check(text[start:], thinking=True)
+    whole = check(text[start:], thinking=True, compact=template == "glm-4.7")
     assert (whole.reasoning or "", whole.content or "") == (message["reasoning_content"], message["content"]), text
     calls = [(call.name, json.dumps(call.arguments)) for call in whole.tool_calls]
     functions = [call["function"] for call in message["tool_calls"]]

@@ -9,6 +9,7 @@ from typing import Any
 from glm45_jax.infer import Delta
 from glm45_jax.serve.answers import Answers
 from glm45_jax.serve.asked import ChatAsked, Model
+from glm45_jax.serve.structure import calls_have_newlines
 from glm45_jax.serve.tokens import shown, token_bytes, token_text
 from glm45_jax.text import StreamParser
 
@@ -24,7 +25,9 @@ class Turn:
 
     def __init__(self, model: Model, asked: ChatAsked):
         self._model, self._asked = model, asked
-        self._parser = StreamParser(asked.tools, asked.thinking, calls=asked.tools is not None)
+        self._parser = StreamParser(
+            asked.tools, asked.thinking, calls=asked.tools is not None, compact=not calls_have_newlines(model)
+        )
         self._thinking, self._answering, self._called = asked.thinking, False, False
         special = model.tokenizer.special_ids
         self._opens = special.get("<think>")

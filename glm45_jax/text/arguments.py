@@ -84,15 +84,21 @@ class Tools:
     def __contains__(self, name: str) -> bool:
         return not self._parameters or name in self._parameters
 
+    def takes_arguments(self, name: str) -> bool:
+        """Whether the schema of the tool `name` has properties."""
+        return bool(self._properties_of(name))
+
     def types(self, name: str, key: str) -> Types:
         """Types that the schema of the tool `name` allows for the argument `key`."""
-        root = self._parameters.get(name, {})
-        if name not in self._properties:
-            self._properties[name] = _properties(root)
-        schemas = self._properties[name].get(key, [])
+        schemas = self._properties_of(name).get(key, [])
         if schemas and (name, key) not in self._types:
-            self._types[name, key] = declared_types(schemas, root)
+            self._types[name, key] = declared_types(schemas, self._parameters[name])
         return self._types.get((name, key))
+
+    def _properties_of(self, name: str) -> dict[str, list[Any]]:
+        if name not in self._properties:
+            self._properties[name] = _properties(self._parameters.get(name, {}))
+        return self._properties[name]
 
 
 def declared_types(schemas: Sequence[Any], root: Mapping[str, Any]) -> Types:

@@ -6,7 +6,8 @@ begin a tag, whitespace that may have to be trimmed, names and keys, and values 
 
     <think>reasoning</think>content<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>...</tool_call>
 
-Both layouts are read, GLM-4.5's with newlines between the tags and GLM-4.7's without.
+Both layouts are read, GLM-4.5's with newlines between the tags and GLM-4.7's without. One text they read differently:
+`<tool_call>name</tool_call>` is how 4.7 calls without arguments, and in 4.5's lacks the newline that ends the name.
 """
 
 from __future__ import annotations
@@ -46,14 +47,16 @@ class ToolCall:
 class ParsedOutput:
     """A model's turn, taken apart. `reasoning` and `content` are stripped, and None where there is nothing.
 
-    `unknown_tools` are names that were called and are not among the tools; such calls are left out. `truncated`: the
-    text ended inside a call, whose last argument may be cut short.
+    Calls that were left out: `unknown_tools` are names that are not among the tools, `unfinished_names` those that no
+    newline ends where the layout asks for one. `truncated`: the text ended inside a call, whose last argument may be cut
+    short.
     """
 
     reasoning: str | None
     content: str | None
     tool_calls: tuple[ToolCall, ...]
     unknown_tools: tuple[str, ...]
+    unfinished_names: tuple[str, ...]
     truncated: bool
 
     def message(self) -> dict[str, Any]:
@@ -78,9 +81,10 @@ def parse_output(
     tools: Sequence[Mapping[str, Any]] | None = None,
     thinking: bool = True,
     new_id: Callable[[], str] = new_call_id,
+    compact: bool = False,
 ) -> ParsedOutput:
     """Takes apart what a model wrote after the generation prompt. The parameters are those of `StreamParser`."""
-    parser = StreamParser(tools, thinking, new_id)
+    parser = StreamParser(tools, thinking, new_id, compact=compact)
     texts: dict[str, list[str]] = {"reasoning_content": [], "content": []}
     calls: list[dict[str, Any]] = []
     for delta in parser.feed(text) + parser.finish():
@@ -95,6 +99,7 @@ def parse_output(
         content="".join(texts["content"]) or None,
         tool_calls=tuple(ToolCall(call["id"], call["name"], "".join(call["json"])) for call in calls),
         unknown_tools=tuple(parser.unknown_tools),
+        unfinished_names=tuple(parser.unfinished_names),
         truncated=parser.truncated,
     )
 
@@ -109,6 +114,8 @@ class StreamParser:
     - Reasoning ends at `</think>` or where a call begins. `thinking=True` takes the text for reasoning from its
       beginning: GLM-4.7's prompt has opened the thought already. With `thinking=False` it is only after `<think>`.
     - A call is `<tool_call>`, a word, and a tag of an argument or the end. Other text after `<tool_call>` is text.
+    - A word alone, without a newline before the end, calls a tool that takes no arguments; another only if `compact`, and
+      else it is left out and noted in `unfinished_names`.
     - Inside a value tags are text: it ends at `</arg_value>` before another argument's tag or the end of the call.
     - What the end of the text leaves open ends there.
 
@@ -118,6 +125,7 @@ class StreamParser:
       thinking: whether the prompt left thinking on.
       new_id: gives each call its id.
       calls: whether calls are read; if not they are text like any other, and end no thought.
+      compact: whether the model writes calls as GLM-4.7 does, without newlines. Only a call's name alone depends on it.
 
     Raises:
       UserError: `tools` is no list of objects with names.
@@ -129,10 +137,12 @@ class StreamParser:
         thinking: bool = True,
         new_id: Callable[[], str] = new_call_id,
         calls: bool = True,
+        compact: bool = False,
     ):
         self.unknown_tools: list[str] = []
+        self.unfinished_names: list[str] = []
         self.truncated = False
-        self._tools, self._new_id, self._reads_calls = Tools(tools), new_id, calls
+        self._tools, self._new_id, self._reads_calls, self._compact = Tools(tools), new_id, calls, compact
         self._lexer, self._deltas = _Lexer(), _Deltas()
         self._texts = {"reasoning_content": _Trimmed(), "content": _Trimmed()}
         self._field = "reasoning_content" if thinking else "content"
@@ -189,7 +199,9 @@ class StreamParser:
 
     def _in_name(self, token: str, is_tag: bool) -> None:
         if token in ("<arg_key>", "</tool_call>"):
-            self._begin_call("".join(self._raw[1:]).strip().removesuffix("\\n"))
+            written = "".join(self._raw[1:]).lstrip()
+            name = written.rstrip().removesuffix("\\n")
+            self._begin_call(name, finished=token == "<arg_key>" or self._compact or name != written)
             self._between(token, True)
         elif is_tag or not self._name_goes_on(token):
             self._back_to_text()
@@ -211,14 +223,16 @@ class StreamParser:
         self._read = self._in_text
         self._deltas.add(self._field, self._texts[self._field].add("".join(self._raw)))
 
-    def _begin_call(self, name: str) -> None:
+    def _begin_call(self, name: str, finished: bool) -> None:
+        """`finished`: the name ends as the layout wants, whatever the tool takes."""
         self._arguments, self._key = ArgumentsWriter(name, self._tools), ""
-        self._known = name != "" and name in self._tools
+        known = name != "" and name in self._tools
+        self._known = known and (finished or not self._tools.takes_arguments(name))
         if self._known:
             self._deltas.begin(self._calls, self._new_id(), name)
             self._calls += 1
         elif name:
-            self.unknown_tools.append(name)
+            (self.unfinished_names if known else self.unknown_tools).append(name)
         if name:
             self._field = "content"
 

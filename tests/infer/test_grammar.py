@@ -310,7 +310,7 @@ def test_calls_are_valid_by_their_schemas(newlines, seed) -> None:
         grammar = GRAMMARS.compile(calls_source(tools, newlines=newlines, parallel=parallel))
         for _ in range(8):
             text = walk(grammar, rng)
-            found = parse_output(text, tools, thinking=False)
+            found = parse_output(text, tools, thinking=False, compact=not newlines)
             assert found.tool_calls and not found.truncated and found.content is None and not found.unknown_tools, text
             assert len(found.tool_calls) == text.count("<tool_call>") and (parallel or len(found.tool_calls) == 1)
             assert ("\n<arg_value>" in text) == (newlines and "<arg_value>" in text)

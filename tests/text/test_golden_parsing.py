@@ -11,15 +11,11 @@ from glm45_jax.text import parse_output
 FILE = Path(__file__).parents[3] / "shared" / "golden" / "tool_parse.json"
 CASES = json.loads(FILE.read_text("utf-8"))["cases"] if FILE.is_file() else []
 
-# Where an expectation is one implementation's alone (docs/parsing.md): our calls in place of theirs.
-DIFFERENCES = {("glm45", "sg_missing_separator"): [{"name": "get_weather", "arguments": {}}]}
-
 
 def expected(case):
     """As JSON, which tells 1 from 1.0 and True; content stripped, as the golden's notes ask."""
     wanted = case["expected"]
-    calls = DIFFERENCES.get((case["format"], case["id"]), wanted["tool_calls"])
-    return json.dumps([wanted["reasoning"], (wanted["content"] or "").strip(), calls])
+    return json.dumps([wanted["reasoning"], (wanted["content"] or "").strip(), wanted["tool_calls"]])
 
 
 @pytest.mark.skipif(not CASES, reason="the golden folder ../shared/golden is not beside this repository")

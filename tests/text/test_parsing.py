@@ -133,6 +133,20 @@ def test_what_was_left_out_and_cut_short_is_told():
     assert not parse_output("a<tool_call>", TOOLS).truncated
 
 
+def test_a_name_alone():
+    """GLM-4.7 calls so without arguments; in GLM-4.5's layout the newline is missing, and with it what would follow."""
+    optional = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    tools = [{"name": "f", "parameters": optional}, {"name": "now"}]
+    for blank, compact in itertools.product(("", "\n", " ", "\\n"), (False, True)):
+        text = f"<tool_call>f{blank}</tool_call><tool_call>now{blank}</tool_call>"
+        found = prove_parsing.check(text, False, tools, every_cut=True, compact=compact)
+        kept = bool(blank) or compact
+        assert [call.name for call in found.tool_calls] == (["f", "now"] if kept else ["now"])
+        assert found.unfinished_names == (() if kept else ("f",)) and found.content is None
+    (one,) = parse_output("<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call>", tools).tool_calls
+    assert one.arguments == {"x": 1}
+
+
 def test_a_key_that_comes_twice():
     (only,) = parse_output("<tool_call>f" + 2 * "<arg_key>i</arg_key><arg_value>1</arg_value>", TOOLS).tool_calls
     assert only.json == '{"i": 1, "i": 1}' and only.arguments == {"i": 1}
