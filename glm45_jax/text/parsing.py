@@ -48,8 +48,8 @@ class ParsedOutput:
     """A model's turn, taken apart. `reasoning` and `content` are stripped, and None where there is nothing.
 
     Calls that were left out: `unknown_tools` are names that are not among the tools, `unfinished_names` those that no
-    newline ends where the layout asks for one. `truncated`: the text ended inside a call, whose last argument may be cut
-    short.
+    newline ends where the layout asks for one. `truncated`: the text ended inside a call, whose last argument may be
+    cut short.
     """
 
     reasoning: str | None
@@ -114,7 +114,7 @@ class StreamParser:
     - Reasoning ends at `</think>` or where a call begins. `thinking=True` takes the text for reasoning from its
       beginning: GLM-4.7's prompt has opened the thought already. With `thinking=False` it is only after `<think>`.
     - A call is `<tool_call>`, a word, and a tag of an argument or the end. Other text after `<tool_call>` is text.
-    - A word alone, without a newline before the end, calls a tool that takes no arguments; another only if `compact`, and
+    - A word alone, without a newline before the end, calls a tool that takes no arguments; another only if `compact`:
       else it is left out and noted in `unfinished_names`.
     - Inside a value tags are text: it ends at `</arg_value>` before another argument's tag or the end of the call.
     - What the end of the text leaves open ends there.
