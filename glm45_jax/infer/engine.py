@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -34,19 +35,19 @@ from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.grammar import Grammar, Grammars
 from glm45_jax.infer.options import EngineOptions
 from glm45_jax.infer.pages import Pages
-from glm45_jax.infer.programs import Outcome, Programs, Sizes
+from glm45_jax.infer.programs import Choice, Outcome, Programs, Sizes
 from glm45_jax.infer.request import Delta, EngineClosed, Request, Top
 from glm45_jax.infer.sampling import SamplingOptions, sampling_params
 from glm45_jax.infer.schedule import Part, Scheduler, Sequence, arrays_of
 from glm45_jax.infer.score import Scored, Scores, padded, scores_of
-from glm45_jax.infer.settings import KINDS, MOST_BIASES, Kind, Settings
+from glm45_jax.infer.settings import MOST_BIASES, Kind, Settings
 from glm45_jax.infer.steps import MOST_LIKELIEST, Reading
 from glm45_jax.infer.text_stop import StoppableText, check_stop_strings
+from glm45_jax.infer.warm_up import Empty
 from glm45_jax.model import Params
 from glm45_jax.parallel import device_in_force
 from glm45_jax.text import Tokenizer
 
-_TIMED_STEPS = 8  # at the start, of each kind and number of rows
 _OF_ALL = ("stop_ids", "stop_strings")  # lists that are one prompt's
 
 
@@ -393,11 +394,15 @@ class Engine:
     ) -> Outcome:
         programs, before, rows = self._programs, self._programs.compiled(), len(reading.lengths)
         programs.read(reading, most)
-        sampling = self._settings.sampling(requests, rows, kind)
-        special = self._settings.special(parts, requests, rows, 1 + most, kind)  # while the device reads
-        outcome = programs.choose(sampling, special, top)
+        outcome = programs.choose(self._choice(parts, requests, rows, most, kind, top))  # made while the device reads
         self._counts["compiled_in_service"] += programs.compiled() - before
         return outcome
+
+    def _choice(
+        self, parts: list[Part], requests: list[Request], rows: int, most: int, kind: Kind, top: bool
+    ) -> Choice:
+        sampling = self._settings.sampling(requests, rows, kind)
+        return Choice(sampling, self._settings.special(parts, requests, rows, 1 + most, kind), top)
 
     def _finish(self, flight: _Flight) -> None:
         """Hands out what a step has chosen; waits for it."""
@@ -463,31 +468,16 @@ class Engine:
         request.push(delta)
 
     def _warm_up(self) -> None:
-        for most in sorted({0, self.options.drafts}):
-            for rows, tokens in self.options.sizes(most):
-                for kind in KINDS:
-                    self._step(self._reading([], rows, tokens), [], [], most, kind, top=kind == "plain")
+        empty = Empty(self.options, functools.partial(self._reading, []), functools.partial(self._choice, [], []))
+        self._programs.compile_ahead(empty.steps)
+        for reading, most, choice in empty.steps():
+            self._programs.read(reading, most)
+            self._programs.choose(choice)
         self._constraints.prepare()
         self._programs.wait()
         if self.options.drafts:
-            self._time_drafts()
-
-    def _time_drafts(self) -> None:
-        """Of each number of rows a few steps without drafts and with them; they write to the spare page."""
-        for rows in self.options.all_rows():
-            seconds = []
-            for most in (0, self.options.drafts):
-                width = 1 + most
-                reading = self._reading([], rows, rows * width)._replace(
-                    starts=np.arange(rows + 1, dtype=np.int32) * width, lengths=np.full(rows, width, np.int32),
-                    drafts=np.full(rows, most, np.int32), chooses=np.ones(rows, bool), num_rows=np.int32(rows),
-                )  # fmt: skip
-                began = time.monotonic()
-                for _ in range(_TIMED_STEPS):
-                    self._step(reading, [], [], most, "plain", top=False)
-                self._programs.wait()
-                seconds.append((time.monotonic() - began) / _TIMED_STEPS)
-            self._drafting.timed_at_start(rows, *seconds)
+            for rows in self.options.all_rows():
+                self._drafting.timed_at_start(rows, *empty.seconds(self._programs, rows))
 
 
 def _top(request: Request, top: list[np.ndarray] | None, first: int, count: int) -> list[Top]:

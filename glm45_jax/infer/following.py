@@ -23,7 +23,7 @@ import numpy as np
 from glm45_jax.config import ModelConfig
 from glm45_jax.errors import UserError
 from glm45_jax.infer.channel import Channel, Connections, Lost, accept, connect, listen, new_token
-from glm45_jax.infer.programs import Outcome, Programs, Sizes
+from glm45_jax.infer.programs import Choice, Outcome, Programs, Sizes
 from glm45_jax.infer.sampling import SamplingParams, TokenCounts
 from glm45_jax.infer.score import Scored
 from glm45_jax.infer.steps import Reading, Special
@@ -66,11 +66,15 @@ class Leading(Programs):
         self._others.send({"do": "read", "most": most}, reading)
         super().read(reading, most)
 
-    def choose(self, sampling: SamplingParams, special: Special | None, top: bool) -> Outcome:
+    def choose(self, choice: Choice) -> Outcome:
+        sampling, special, top = choice
         has = {"special": special is not None, "counts": special is not None and special.counts is not None}
         arrays = [*jax.tree.leaves(sampling), *jax.tree.leaves(special)]
         self._others.send({"do": "choose", "top": top, **has}, arrays)
-        return super().choose(sampling, special, top)
+        return super().choose(choice)
+
+    def compile_ahead(self, steps: Any) -> None:
+        """Nothing: all processes compile the same programs in the same order, as they are called."""
 
     def score(self, tokens: np.ndarray) -> Scored:
         self._others.send({"do": "score"}, [tokens])
@@ -118,7 +122,7 @@ def _followed(programs: Programs, channel: Channel, next_params: Callable[[], Pa
         case "read":
             programs.read(Reading(*arrays), values["most"])
         case "choose":
-            programs.choose(*_settings(values, arrays), values["top"])
+            programs.choose(Choice(*_settings(values, arrays), values["top"]))
         case "score":
             programs.score(arrays[0])
         case "update":

@@ -6,10 +6,13 @@ device, which is how several processes serve one model (`following.py`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,6 @@ from glm45_jax.infer import steps
 from glm45_jax.infer.calibrate import cache_scales
 from glm45_jax.infer.sampling import SamplingParams
 from glm45_jax.infer.score import Scored, score
-from glm45_jax.infer.settings import without_biases
 from glm45_jax.infer.steps import Chosen, Drafted, Likeliest, Read, Reading, Slots, Special
 from glm45_jax.model import Params, init_pages
 from glm45_jax.model.paged import QuantizedPages
@@ -46,12 +48,67 @@ class Sizes:
     sample: list[list[int]]
 
 
+class Choice(NamedTuple):
+    """What the choice of tokens is given; `top`: the likeliest ones are wanted too."""
+
+    sampling: SamplingParams
+    special: Special | None
+    top: bool
+
+
 class Outcome(NamedTuple):
     """What a step gives, on the device; whole in every process."""
 
     chosen: Chosen
     drafted: Drafted | None
     likeliest: Likeliest | None
+
+
+class Call(NamedTuple):
+    """Of a compiled program, which is given `fixed` by name."""
+
+    program: Any
+    args: tuple[Any, ...]
+    fixed: dict[str, Any] = {}  # noqa: RUF012 nothing is put in
+
+    def run(self) -> Any:
+        return self.program(*self.args, **self.fixed)
+
+    def lowered(self) -> jax.stages.Lowered:
+        return self.program.lower(*self.args, **self.fixed)
+
+    @property
+    def signature(self) -> Any:
+        """Calls with the same one take the same compiled form."""
+        leaves, tree = jax.tree.flatten(self.args)
+        return tree, str(self.fixed), tuple((x.shape, x.dtype) for x in leaves if not isinstance(x, ModelConfig))
+
+
+T = TypeVar("T")
+Calls = Generator[Call, Any, T]
+
+
+def _run(calls: Calls[T]) -> T:
+    """Makes the calls, each of which is given what the one before gave."""
+    found = None
+    while True:
+        try:
+            found = calls.send(found).run()
+        except StopIteration as end:
+            return end.value
+
+
+def _run_up_to(program: Any, *several: Calls[Any]) -> Call | None:
+    """Makes the calls that come before the first of a program, and returns that."""
+    for calls in several:
+        found = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                call = calls.send(found)
+                if call.program is program:
+                    return call
+                found = call.run()
+    return None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
@@ -62,17 +119,17 @@ def _read(params: Params, config: ModelConfig, pages: Any, slots: Slots, flat: A
 _choose = jax.jit(steps.choose)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
+@functools.partial(jax.jit, static_argnames=("config", "sizes"), donate_argnames="pages")
 def _draft(
     params: Params, config: ModelConfig, pages: Any, done: Any, chosen: Chosen, sampling: Any, flat: Any,
-    vocab_size: Any, sizes: Any, most: int,
+    vocab_size: Any, sizes: Any,
 ) -> Drafted:  # fmt: skip
     hidden, tokens, rows = done
     reading = Reading.unpacked(flat, sizes)._replace(tokens=tokens, lengths=rows.lengths)
-    args = hidden, chosen.slots, chosen.tokens, without_biases(sampling), reading, vocab_size
-    return steps.draft(params, config, pages, *args, most=most)
+    return steps.draft(params, config, pages, hidden, chosen.slots, chosen.tokens, sampling, reading, vocab_size)
 
 
+_draft_next = jax.jit(steps.draft_next, static_argnames="config", donate_argnames="pages")
 _likeliest = jax.jit(steps.likeliest)
 
 
@@ -101,27 +158,55 @@ class Programs:
 
     def read(self, reading: Reading, most: int) -> None:
         """Reads a step's tokens; up to `most` drafts follow each row's last."""
-        self._flat, self._sizes, self._most = reading.packed(), reading.sizes, most
-        done = _read(self.params, self.config, self._pages, self._slots, self._flat, sizes=reading.sizes, most=most)
-        self._done, self._pages = done, done.pages
+        _run(self._read(reading, most))
 
-    def choose(self, sampling: SamplingParams, special: Special | None, top: bool) -> Outcome:
-        """What comes after the tokens that were read last.
+    def choose(self, choice: Choice) -> Outcome:
+        """What comes after the tokens that were read last."""
+        return _run(self._choose(choice))
 
-        Args:
-          top: the likeliest tokens are wanted too.
-        """
-        vocab, done, drafted = self._vocab_size, self._done, None
+    def _read(self, reading: Reading, most: int) -> Calls[None]:
+        self._flat, self._sizes = reading.packed(), reading.sizes
+        args = self.params, self.config, self._pages, self._slots, self._flat
+        self._done = yield Call(_read, args, {"sizes": reading.sizes, "most": most})
+        self._pages = self._done.pages
+
+    def _choose(self, choice: Choice) -> Calls[Outcome]:
+        done, vocab, sampling = self._done, self._vocab_size, self._resident(choice.sampling)
         assert done is not None, "nothing was read"
-        self._done, sampling = None, self._resident(sampling)
-        chosen = _choose(done.logits, self._slots, sampling, done.rows, vocab, special)
+        self._done = None
+        chosen = yield Call(_choose, (done.logits, self._slots, sampling, done.rows, vocab, choice.special))
         self._slots = chosen.slots
-        likely = _likeliest(done.logits, vocab) if top else None
-        if done.hidden is not None:
-            args = self._pages, (done.hidden, done.tokens, done.rows), chosen, sampling, self._flat, vocab
-            drafted = _draft(self.params, self.config, *args, sizes=self._sizes, most=self._most)
-            self._slots, self._pages = drafted.slots, drafted.pages
+        likely = (yield Call(_likeliest, (done.logits, vocab))) if choice.top else None
+        drafted = None if done.hidden is None else (yield from self._draft(done, chosen, sampling))
         return Outcome(chosen, drafted, likely)
+
+    def _draft(self, done: Read, chosen: Chosen, sampling: SamplingParams) -> Calls[Drafted]:
+        model, vocab = (self.params, self.config), self._vocab_size
+        sampling = dataclasses.replace(sampling, bias_ids=None, bias_values=None)  # the same program for all requests
+        read = done.hidden, done.tokens, done.rows
+        args = *model, self._pages, read, chosen, sampling, self._flat, vocab
+        drafted = yield Call(_draft, args, {"sizes": self._sizes})
+        self._slots, self._pages = drafted.slots, drafted.pages
+        for number in range(1, drafted.tokens.shape[1]):
+            args = *model, self._pages, drafted._replace(pages=None), np.int32(number), sampling, vocab
+            drafted = yield Call(_draft_next, args)
+            self._slots, self._pages = drafted.slots, drafted.pages
+        return drafted
+
+    def compile_ahead(self, steps: Callable[[], Iterable[tuple[Reading, int, Choice]]]) -> None:
+        """Compiles side by side what steps will call: for one program a compiler uses little of a host.
+
+        Each program is lowered with what those before it in its step give: they are run for that.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for program in (_read, _choose, _likeliest, _draft, _draft_next):
+                compiling = {}
+                for reading, most, choice in steps():
+                    call = _run_up_to(program, self._read(reading, most), self._choose(choice))
+                    if call is not None and call.signature not in compiling:
+                        compiling[call.signature] = pool.submit(call.lowered().compile)
+                for one in compiling.values():
+                    one.result()
 
     def _resident(self, sampling: SamplingParams) -> SamplingParams:
         """On the device, where one alone computes: mostly a step has the settings of the one before."""
@@ -151,7 +236,7 @@ class Programs:
     @staticmethod
     def compiled() -> int:
         """How many programs of steps have been compiled so far."""
-        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest))  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(f._cache_size() for f in (_read, _choose, _draft, _draft_next, _likeliest))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _spread(make: Callable[[Any], Any], of: Any, by_heads: bool = False) -> Any:
