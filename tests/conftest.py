@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -17,8 +18,29 @@ import pytest
 from tests.support import GOLDEN, Oracle, load_oracle
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by `-m`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves the live comparisons out without transformers; asked for by PARITY=1 they must be able to run."""
+    _mark_all_but_a_few(items)
+    _leave_live_comparisons_out(items)
+
+
+def _mark_all_but_a_few(items: list[pytest.Item]) -> None:
+    """Of tests marked `few(n)` all cases are slow but n, the last of each nth part."""
+    cases: dict[str, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases[item.nodeid.split("[")[0]].append(item)
+    for several in cases.values():
+        marker = several[0].get_closest_marker("few")
+        n = marker.args[0] if marker else 0
+        kept = {(i + 1) * len(several) // n - 1 for i in range(n)}
+        for i, item in enumerate(several):
+            if i not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def _leave_live_comparisons_out(items: list[pytest.Item]) -> None:
+    """Without transformers; asked for by PARITY=1 they must be able to run."""
     wanted = os.environ.get("PARITY")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if wanted == "1" and missing:

@@ -167,8 +167,8 @@ class Programs:
     def _read(self, reading: Reading, most: int) -> Calls[None]:
         self._flat, self._sizes = reading.packed(), reading.sizes
         args = self.params, self.config, self._pages, self._slots, self._flat
-        self._done = yield Call(_read, args, {"sizes": reading.sizes, "most": most})
-        self._pages = self._done.pages
+        done = yield Call(_read, args, {"sizes": reading.sizes, "most": most})
+        self._done, self._pages = done, done.pages
 
     def _choose(self, choice: Choice) -> Calls[Outcome]:
         done, vocab, sampling = self._done, self._vocab_size, self._resident(choice.sampling)

@@ -65,7 +65,7 @@ class Request:
         self._cancel = cancel
         self._deltas: collections.deque[Delta] = collections.deque()
         self._changed, self._ended = threading.Condition(), threading.Event()
-        self._wake: Callable[[], None] = lambda: None
+        self._wake: Callable[[], object] = lambda: None
 
     @property
     def prompt_tokens(self) -> int:

@@ -209,8 +209,8 @@ def draft(
     )
     rows = reading.to_slot, reading.page_table, reading.num_rows
     tokens = jnp.zeros((len(first), chosen.shape[1] - 1), jnp.int32).at[:, 0].set(first)
-    found = accepted, tokens, step.hidden[wanted], positions, rows, slots
-    return Drafted(*whole_everywhere(found), step.pages)
+    found = Drafted(accepted, tokens, step.hidden[wanted], positions, rows, slots, pages=())
+    return whole_everywhere(found)._replace(pages=step.pages)
 
 
 def draft_next(

@@ -141,7 +141,7 @@ async def _pool(client: httpx.AsyncClient) -> list[int] | list[str]:
     """Tokens to draw prompts from; words where the server does not tell tokens."""
     response = await client.post("/tokenize", json={"prompt": _WORDS})
     tokens = response.json().get("tokens") if response.status_code == 200 else None
-    return sorted(set(tokens)) if tokens else _WORDS.split()
+    return sorted(set(tokens)) if tokens else [*map(str, _WORDS.split())]
 
 
 async def _ask(client: httpx.AsyncClient, model: str, request: Planned, start: float) -> Seen:

@@ -85,6 +85,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", ["own", "hf"])
 def test_into_meshes(path, made) -> None:
     """Every array in its sharding, each distinct slice read once and nothing else."""

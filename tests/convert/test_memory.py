@@ -30,6 +30,7 @@ def peaks(source, folder) -> list[int]:
     return json.loads(run_python(CONVERT, str(source), str(folder / "own"), str(folder / "back")))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_larger_than_the_memory_used(tmp_path) -> None:
     """Its experts are 300 MB, in matrices of 2 MB: what comes on top of the interpreter is a fraction of that."""
     config = get_preset(

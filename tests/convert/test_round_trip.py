@@ -26,6 +26,7 @@ FORMS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("options,how", FORMS.values(), ids=FORMS)
 def test_same_bytes(options, how, tmp_path) -> None:
     source = make(tmp_path / "hf", **options)

@@ -51,6 +51,7 @@ def run(*args: Any) -> int:
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_with_quantised_weights(checkpoint, capsys) -> None:
     arguments = ("generate", checkpoint, "the cat", "-n", 6, "--json")
     reports = []
@@ -236,6 +237,7 @@ def test_options_reach_the_model(chat, checkpoint) -> None:
     assert set(Tokenizer.load(checkpoint).eos_ids) <= set(model.options["stop_ids"])
 
 
+@pytest.mark.slow
 def test_a_real_conversation_runs(checkpoint, monkeypatch, capsys) -> None:
     """The random model's words mean nothing; too long a message does not end the conversation."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n" + "mat " * 1000 + "\nthe dog\n"))

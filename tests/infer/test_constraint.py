@@ -121,6 +121,7 @@ def test_answers_keep_to_their_grammars(wanted) -> None:
             assert 5 <= len(text.strip()) <= 14 and text[-2:].strip("!?") == ""
 
 
+@pytest.mark.slow
 def test_the_largest_that_is_allowed_is_chosen(params, wanted) -> None:
     """Against whole forward passes, one for each token."""
     forward = quick_jit(lambda params, tokens: glm.forward(params, CONFIG, tokens))
@@ -139,6 +140,7 @@ def test_the_largest_that_is_allowed_is_chosen(params, wanted) -> None:
             tokens.append(token)
 
 
+@pytest.mark.slow
 def test_neighbours_do_not_notice(params, wanted) -> None:
     for i in (1, 5):
         how = {**ASKED[i], "tokenizer": TOKENIZER}

@@ -60,6 +60,7 @@ def test_many_at_once_are_as_one_by_one(params, engine):
     assert engine.stats()["prefix_tokens_found"] > 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -52,6 +52,7 @@ def one_step(params, pages, tokens):
     return quick_jit(lambda p, pages: paged_step(p, CONFIG, pages, batch, jnp.arange(tokens.size)))(params, pages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.1), pytest.param("fp8", 0.2, marks=pytest.mark.slow)])
 def test_a_quantised_cache_is_off_by_its_steps_alone(params, dtype, most):
     tokens = random_tokens(CONFIG, 24, seed=4)
@@ -72,6 +73,7 @@ def test_a_quantised_cache_is_off_by_its_steps_alone(params, dtype, most):
     assert 0 < error < most
 
 
+@pytest.mark.slow
 def test_scales_leave_room_above_what_was_seen(params):
     tokens = random_tokens(CONFIG, 20, seed=5)
     exact = one_step(params, init_pages(CONFIG, 1, 32), tokens).pages[:2].reshape(2, 1, -1, 32, 2, CONFIG.head_dim)

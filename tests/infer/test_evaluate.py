@@ -39,6 +39,7 @@ def test_one_window_is_the_mean_of_all_tokens(params):
     np.testing.assert_allclose(found.perplexity, np.exp(found.nll), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_windows_score_each_token_once_with_context(params):
     ids = random_tokens(CONFIG, 21, seed=1).tolist()
     found = perplexity(params, CONFIG, ids, window=8, context=3, batch_size=2)
@@ -48,6 +49,7 @@ def test_windows_score_each_token_once_with_context(params):
     np.testing.assert_allclose(found.nll, expected / 20, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_texts_do_not_see_each_other(params):
     texts = [random_tokens(CONFIG, n, seed=n).tolist() for n in (9, 4, 1)]
     found = perplexity(params, CONFIG, texts, batch_size=3)
@@ -64,6 +66,7 @@ def test_refused(params):
         perplexity(params, CONFIG, [1, 2], window=4, context=4)
 
 
+@pytest.mark.slow
 def test_compared_with_itself_nothing_differs_and_with_another_it_does(params):
     ids = random_tokens(CONFIG, 40, seed=2).tolist()
     same = compare(params, params, CONFIG, ids, window=16, context=4)

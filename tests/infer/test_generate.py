@@ -73,6 +73,7 @@ def row_options(options: dict[str, Any], row: int) -> dict[str, Any]:
 # --- what is generated -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -90,6 +91,7 @@ def test_a_ragged_batch_equals_a_plain_loop_over_forward(options, params) -> Non
         assert out != glm.generate(params, CONFIG, PROMPTS, NEW, stop_ids=[])
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_rows_one_by_one(params) -> None:
     options = PENALTIES | {"temperature": [0.0, 1.0, 1.3], "min_p": 0.01, "seed": [1, 2, 3]}
     together = generate_detailed(params, CONFIG, PROMPTS, NEW, **options)
@@ -164,6 +166,7 @@ def test_the_configs_stop_ids_are_the_default(params) -> None:
     assert {len(g.answer) for g in free} == {NEW} and [g.answer for g in ended] == [[CONFIG.eos_token_id[1]]] * 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_new_tokens(count, params) -> None:
     prompts = [*PROMPTS, [3] * 14]  # long enough to need as many slots as the other tests
@@ -171,6 +174,7 @@ def test_few_new_tokens(count, params) -> None:
     assert some == [row[: len(prompt) + count] for row, prompt in zip(more, prompts)]
 
 
+@pytest.mark.slow
 def test_the_context_of_the_model_ends_an_answer(params) -> None:
     config = CONFIG.replace(max_position_embeddings=12)
     whole = glm.generate(params, CONFIG, PROMPTS, NEW, stop_ids=[])
@@ -237,6 +241,7 @@ def test_shapes_are_rounded_up_to_few() -> None:
     assert all(size <= 1.25 * n for n, size in enumerate(sizes, 1) if n > 256)
 
 
+@pytest.mark.slow
 def test_the_same_shapes_compile_once(params) -> None:
     """Nothing at all is compiled for other lengths of the same bucket, other settings, other stop ids."""
     glm.generate(params, CONFIG, PROMPTS, NEW)

@@ -11,6 +11,7 @@ from tests.support import oracle_paths
 FAST = {"air", "raw_weights", "golden_b_glm45_bf16"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", oracle_paths("gen_full", fast=FAST))
 def test_greedy_tokens(path, oracles) -> None:
     """Full prompts and, in the same batch, the shorter ones that transformers was given padded on the left."""

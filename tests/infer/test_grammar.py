@@ -298,6 +298,7 @@ def random_parameters(rng: random.Random, depth: int) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": [n for n in names if rng.random() < 0.6]}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("newlines", [True, False], ids=["4.5", "4.7"])
 @pytest.mark.parametrize("seed", range(6))
 def test_calls_are_valid_by_their_schemas(newlines, seed) -> None:
@@ -320,6 +321,7 @@ def test_calls_are_valid_by_their_schemas(newlines, seed) -> None:
                 jsonschema.validate(call.arguments, schema)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: json.dumps(leaf)[:40])
 def test_each_kind_of_value(leaf) -> None:
     tools = [tool({"type": "object", "properties": {"x": leaf}, "required": ["x"], "$defs": DEFS}, strict=True)]

@@ -50,6 +50,7 @@ def cache_bytes(config: ModelConfig) -> int:
     return config.kv_cache_bytes_per_token(size) * ROWS * CAPACITY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["decode_step", pytest.param("advance", marks=pytest.mark.slow)])
 def test_on_cpu(program) -> None:
     memory = programs(CONFIG, lambda x: x)[program].lower().compile().memory_analysis()

@@ -196,6 +196,7 @@ def draws(logits, options, count, positions=None):
     return np.asarray(_sample(np.broadcast_to(logits, (count, logits.shape[-1])), params, positions)[0])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("vary", ["seed", "position"])
 @pytest.mark.parametrize("o", MIX[:5])
 def test_draws_follow_the_distribution(o, vary) -> None:

@@ -109,6 +109,7 @@ def test_stop_strings_cut_exactly(start, size, whole, params, tokenizer) -> None
     assert stop in tokenizer.decode(found.answer) and stop not in tokenizer.decode(found.answer[:-1])
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_its_row_alone(whole, params, tokenizer) -> None:
     prompts, options = [whole.prompt, tokenizer.encode("the dog and")], OPTIONS | {"seed": [5, 6]}
     free = generate_detailed(params, CONFIG, prompts, tokenizer=tokenizer, **options)
@@ -124,6 +125,7 @@ def test_a_stop_string_that_the_prompt_alone_holds_stops_nothing(whole, params, 
     assert found.answer == whole.answer
 
 
+@pytest.mark.slow
 def test_a_stop_id_is_a_token_but_no_text(whole, params, tokenizer) -> None:
     stop = whole.answer[9]
     at = whole.answer.index(stop)

@@ -142,6 +142,7 @@ def test_compiled_as_users_do(params, tokens) -> None:
     )
 
 
+@pytest.mark.slow
 def test_vmap_over_models(params, tokens) -> None:
     other = random_params(CONFIG, seed=1)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, other)
@@ -160,6 +161,7 @@ def gradient(params, config, tokens):
     return jax.grad(lambda p: jnp.square(glm.forward(p, config, tokens).logits).mean())(params)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_but_the_selection_bias(params, tokens) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params, CONFIG, tokens)):
         name = jax.tree_util.keystr(path)
@@ -167,6 +169,7 @@ def test_every_parameter_has_a_gradient_but_the_selection_bias(params, tokens) -
         assert bool((leaf != 0).any()) == ("['router']['bias']" not in name), name
 
 
+@pytest.mark.slow
 def test_gradients_are_the_slopes(params, tokens) -> None:
     """Against central differences along a random direction: the hand-written derivatives inside are right."""
     rng = np.random.default_rng(0)
@@ -183,6 +186,7 @@ def test_gradients_are_the_slopes(params, tokens) -> None:
     assert float(slope) == pytest.approx(float(sum(jax.tree.leaves(products))), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [pytest.param(p, marks=[] if p == "full" else pytest.mark.slow) for p in get_args(RematPolicy) if p != "none"],

@@ -32,6 +32,7 @@ def test_rms_norm_multiplies_after_the_cast() -> None:
     assert (ours == after).mean() > 0.99 and (ours == before).mean() < 0.9
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("outputs", [513, 20000])
 @pytest.mark.parametrize("shape", [(1, 1, 512), (4, 3, 512), (49, 512)])
@@ -100,6 +101,7 @@ def test_angles_stay_float32_under_bfloat16() -> None:
         np.testing.assert_allclose(np.asarray(rounded, np.float32), exact, atol=4e-3)
 
 
+@pytest.mark.slow
 def test_a_decode_step_on_a_cpu_reads_matrices_where_they_lie() -> None:
     """Cut out of its stack, each would be copied at every step; experts', and those of attention and of the MLPs."""
     if not native.available():

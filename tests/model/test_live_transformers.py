@@ -48,6 +48,7 @@ def test_seeds_keep_clear_of_ties(pair) -> None:
     assert margins.choices == 0 or margins.changed > 0.1 * margins.choices
 
 
+@pytest.mark.few(1)
 def test_forward(pair) -> None:
     config, params, inputs, expected, _ = pair
     run = quick_jit(glm.forward, static_argnames=("config", "collect"))

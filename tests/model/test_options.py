@@ -49,6 +49,7 @@ def without(tree: dict[str, Any], path: list[str]) -> None:
         without(tree[path[0]], path[1:])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("changes", VALUES, ids=str)
 def test_values_matter(changes: dict[str, Any], model) -> None:
     config, params, tokens, base = model
@@ -58,6 +59,7 @@ def test_values_matter(changes: dict[str, Any], model) -> None:
     assert out.shape == base.shape and np.abs(out - base).max() > 1e-2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("changes, parts", PARTS, ids=str)
 def test_parts_matter(changes: dict[str, Any], parts: list[str], model) -> None:
     config, params, tokens, base = model
@@ -85,6 +87,7 @@ def test_every_weight_reaches_the_output(path: str, model) -> None:
     assert np.abs(forward(params, config=config, tokens=tokens).logits - base).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_and_own_embedding_for_mtp() -> None:
     own = small_config(num_nextn_predict_layers=1, mtp_own_embed=True, mtp_own_head=True)
     shared = own.replace(mtp_own_embed=False, mtp_own_head=False)

@@ -60,6 +60,7 @@ def schedule(rng):
         yield step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_cuts_give_the_whole_sequences_logits_and_drafts(seed):
     config, params, sequences, (want, want_mtp) = model()

@@ -32,6 +32,7 @@ def dequantized(params: Any) -> Any:
     return jax.tree.map(whole, params, is_leaf=is_quantized)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_matrix_is_its_codes_times_scales_as_near_as_codes_are(form):
     matrix = jax.random.normal(jax.random.key(0), (2, 130, 200)) * jnp.linspace(0.01, 10, 130)[:, None]
@@ -52,6 +53,7 @@ def test_channels_of_zeros_are_zeros():
     assert not np.asarray(found.dequantized(jnp.float32)).any()
 
 
+@pytest.mark.slow
 def test_what_is_quantised(params):
     flat = jax.tree_util.tree_flatten_with_path(quantize_params(params, CONFIG, "int8"), is_leaf=is_quantized)[0]
     names = {".".join(k.key for k in path): leaf for path, leaf in flat}
@@ -69,6 +71,7 @@ def test_what_is_quantised(params):
     assert not is_quantized(heads["embed"]["weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS if f != "fp8")])
 def test_the_model_computes_with_what_they_stand_for(params, form):
     """Also where the router, which is not quantised, sees other hidden states: the same weights give the same."""
@@ -79,6 +82,7 @@ def test_the_model_computes_with_what_they_stand_for(params, form):
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int8", pytest.param("fp8-block", marks=pytest.mark.slow)])
 def test_decoding_is_the_forward_pass(params, form):
     quantised = quantize_params(params, CONFIG, form)
@@ -108,6 +112,7 @@ def test_refused(params):
         quantize_params(quantised, CONFIG, "fp8")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_training_is_refused(params, form):
     from glm45_jax.train import TrainConfig, loss_fn

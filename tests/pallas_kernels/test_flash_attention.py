@@ -144,6 +144,7 @@ def check(case: Case, implementation: str, seed: int = 0, traced: bool = False) 
         assert_close(value, want, 3e-6)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in CASES])
 def test_values_and_gradients(case: str, implementation: str) -> None:
@@ -280,6 +281,7 @@ def test_vmap_scan_and_remat(implementation: str) -> None:
         np.testing.assert_allclose(a[:, 0], b, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mapped", ["queries", "offsets", "segments"])
 def test_what_is_mapped_over_part_of_the_arguments(mapped: str, implementation: str) -> None:
@@ -341,6 +343,7 @@ def test_inside_a_checked_shard_map(implementation: str) -> None:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["reference", "cpu", "tpu"])
 def test_nothing_to_attend(implementation: str) -> None:
     zeros = lambda *shape: jnp.zeros(shape)  # noqa: E731
@@ -357,6 +360,7 @@ def test_nothing_to_attend(implementation: str) -> None:
 # --- which blocks meet, and tilings ----------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("segments", ["", "packed", "mixed"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_ranges_hold_all_that_is_seen_and_mask_all_that_is_not(causal: bool, segments: str) -> None:

@@ -33,6 +33,7 @@ def _expected(x, gate, up, down, indices, weights):
     return out
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("transpose", [False, True], ids=["in-out", "out-in"])
 @pytest.mark.parametrize("spread", ["random", "all on the same", "few experts"])
@@ -122,6 +123,7 @@ def test_blocks_and_cores_of_the_tpu_kernel(tokens: int, cores: int, monkeypatch
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("what", ["token", "weight"])
 def test_what_is_not_finite_spoils_its_own_row_alone(what: str, implementation: str) -> None:
@@ -153,6 +155,7 @@ def test_a_core_without_experts_fetches_none(num_experts: int) -> None:
     assert num_experts * block <= kernel.read_bytes <= (num_experts + 0.15 + (num_experts == 1)) * block
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_reads_only_the_chosen_experts(tokens: int) -> None:
     """The weights of experts nobody chose are NaN: reading them would show."""

@@ -39,6 +39,7 @@ def _inputs(case, seed=0):
     return rng.normal(size=(sum(sizes) + past, k)), rng.normal(size=(len(sizes), k, n)), np.asarray(sizes, np.int32)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("transpose", [False, True], ids=["KN", "NK"])
 @pytest.mark.parametrize("case", CASES)
@@ -113,6 +114,7 @@ def test_quantised_weights(dtype: str, per: str, transpose: bool, implementation
         jax.grad(lambda s: product(jnp.asarray(lhs, jnp.float32), given, s).sum())(scale)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("k, n", [(128, 256), (256, 128), (128, 128)])
 def test_blocks_as_wide_as_the_matrix(k: int, n: int, implementation: str) -> None:
@@ -136,6 +138,7 @@ def test_blocks_as_wide_as_the_matrix(k: int, n: int, implementation: str) -> No
         np.testing.assert_allclose(x, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("rows, matrices", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_rows_and_matrices_of_two_dtypes(rows: str, matrices: str, implementation: str) -> None:
@@ -161,6 +164,7 @@ def test_rows_and_matrices_of_two_dtypes(rows: str, matrices: str, implementatio
         np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=6e-3 * np.abs(want).max())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_experts_of_one_shard(offset: int, implementation: str) -> None:
@@ -191,6 +195,7 @@ def test_experts_of_one_shard(offset: int, implementation: str) -> None:
     np.testing.assert_allclose(drhs, np.stack([lhs[p].T @ dout[p] for p in parts]), atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_bfloat16_accumulates_in_float32(implementation: str) -> None:
     """256 products of about one: a bfloat16 sum would stop growing at 256."""

@@ -56,6 +56,7 @@ def _with_gradients(implementation: str, **static):
     return run
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("transpose", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["KF", "FK"])

@@ -20,6 +20,7 @@ from tests.support import quick_jit
 TPUS = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cores", [1, 2])
 def test_every_row_is_visited_once(cores: int) -> None:
     """By one core and for its own region; the matrix at hand is that of the group, which each core fetches once."""
@@ -99,6 +100,7 @@ def test_rows_of_no_group_are_not_fetched(chip: str) -> None:
         assert kernel.written_bytes >= 8192 * 256 * 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("offset", [0, 3, 7])
 def test_cores_share_the_rows_of_a_shard(offset: int) -> None:
     visits = work.over_all_rows(jnp.full(4, 64), jnp.int32(offset * 256), 2048, 32, 2)

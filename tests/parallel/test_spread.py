@@ -45,6 +45,7 @@ def result(name: str) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases([*CASES, *OTHERS]))
 def test_values_are_those_of_one_device(name: str) -> None:
     wrong = {leaf: error for leaf, error in result(name)["errors"].items() if not error < TOLERANCE}

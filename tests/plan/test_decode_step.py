@@ -65,6 +65,7 @@ def test_meshes_of_the_engine(model, devices, tensor) -> None:
     assert engine_mesh(model, devices) == MeshConfig(tensor=tensor, expert=1, data=-1, fsdp=1)
 
 
+@pytest.mark.slow
 def test_the_command_plans_the_engines_step(tmp_path, capsys) -> None:
     from glm45_jax.cli import main
 

@@ -27,6 +27,7 @@ def watched(cloud: Cloud, *flags: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_a_preempted_tpu_is_replaced_and_the_same_command_launched(cloud: Cloud, state: str) -> None:
     cloud.launched("--set-env", "NOTE=a b", *HARD, NODE_COUNT="2", CAPACITY="spot")
@@ -46,6 +47,7 @@ def remembered(cloud: Cloud) -> list[bytes]:
     return [(folder / name).read_bytes() for name in ("tpu.env", "setup", "launch")]
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_anew_is_what_was_created(cloud: Cloud) -> None:
     """Though tpu.env says something else by now."""
     cloud.run("create", "--node-count=2", "--capacity=spot", "--runtime-version=custom")
@@ -60,6 +62,7 @@ def test_what_is_asked_for_anew_is_what_was_created(cloud: Cloud) -> None:
     assert sum("install tpu\\,viz" in " ".join(call) for call in cloud.calls()) == 2
 
 
+@pytest.mark.slow
 def test_a_slice_that_is_preempted_while_the_resource_is_active(cloud: Cloud) -> None:
     """All slices are replaced: the others cannot go on without it."""
     cloud.launched(NODE_COUNT="2")
@@ -69,6 +72,7 @@ def test_a_slice_that_is_preempted_while_the_resource_is_active(cloud: Cloud) ->
     assert cloud.steps() == REPLACED
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer_for_a_while_is_waited_for(cloud: Cloud) -> None:
     cloud.launched()
     cloud.set_world(failures=[[["ssh", "worker.sh status"], "connection timed out", 2]])
@@ -88,6 +92,7 @@ def test_a_crashed_run_is_launched_again(cloud: Cloud) -> None:
     assert [call["argv"][-1] for call in cloud.glm45_calls()["glm.0"]] == ["steps=9"] * 3
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_run_is_stopped_before_it_is_launched_again(cloud: Cloud) -> None:
     """One worker's process is gone; the others would wait for it."""
     cloud.launched()
@@ -105,6 +110,7 @@ def kill(cloud: Cloud, worker: str) -> None:
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_back_empty_is_set_up(cloud: Cloud) -> None:
     """As after a repair; the others are stopped first."""
     cloud.launched()
@@ -115,6 +121,7 @@ def test_a_host_that_comes_back_empty_is_set_up(cloud: Cloud) -> None:
     assert cloud.steps() == ["stop", "setup", "start"]
 
 
+@pytest.mark.slow
 def test_it_gives_up_on_a_run_that_always_crashes(cloud: Cloud) -> None:
     cloud.launched(behaviour="1")
     told = end(cloud.start("resume", *QUICK, "--max-failures", "3"), code=1)
@@ -122,6 +129,7 @@ def test_it_gives_up_on_a_run_that_always_crashes(cloud: Cloud) -> None:
     assert "failed 3 times with no healthy run between" in told and "logs.sh" in told
 
 
+@pytest.mark.slow
 def test_a_healthy_run_clears_the_count_of_failures(cloud: Cloud) -> None:
     cloud.launched(behaviour="1")
     cloud.set_world(behaviours=["run"])
@@ -135,6 +143,7 @@ def test_a_healthy_run_clears_the_count_of_failures(cloud: Cloud) -> None:
     assert "healthy again" in told and told.count("failure 1 of 2") == 2
 
 
+@pytest.mark.slow
 def test_pauses_grow_and_are_bounded(cloud: Cloud) -> None:
     cloud.launched(behaviour="1")
     sleep = cloud.cwd.parent / "programs" / "sleep"
@@ -177,6 +186,7 @@ def test_not_knowing_is_not_absence(cloud: Cloud) -> None:
     assert "gcloud did not answer" in told and cloud.steps() == []
 
 
+@pytest.mark.slow
 def test_failures_on_the_way_are_tried_again(cloud: Cloud) -> None:
     """Deleting, asking, setting up and launching may each fail once."""
     cloud.launched()

@@ -261,6 +261,7 @@ def test_launch_hands_arguments_on_as_they_are(cloud: Cloud) -> None:
     assert cloud.states() == ["running"] * 4
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_launch_and_stops_by_sigterm(cloud: Cloud) -> None:
     cloud.launched()
     assert cloud.states() == ["running", "running"]
@@ -268,6 +269,7 @@ def test_a_run_outlives_its_launch_and_stops_by_sigterm(cloud: Cloud) -> None:
     assert cloud.states() == ["exited 130", "exited 130"]  # as glm45 does after it has saved
 
 
+@pytest.mark.slow
 def test_launch_twice(cloud: Cloud) -> None:
     cloud.launched()
     assert "is running already" in cloud.run("launch", "recipes/big.yaml", code=1).stderr
@@ -283,6 +285,7 @@ def test_launch_before_setup(cloud: Cloud) -> None:
     assert cloud.steps() == ["create"]
 
 
+@pytest.mark.slow
 def test_a_launch_in_some_slices_only_is_undone(cloud: Cloud) -> None:
     """A run in part of the slices would wait for the others until it times out."""
     cloud.run("create", "--node-count=2")

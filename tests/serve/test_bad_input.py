@@ -153,6 +153,7 @@ def test_nothing_of_the_model_is_evaluated(engine, tmp_path) -> None:
     assert json.loads(call["function"]["arguments"]) == {"x": code} and not file.exists()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "parameters",
     [

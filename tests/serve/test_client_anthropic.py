@@ -141,6 +141,7 @@ def test_a_schema(random) -> None:
     assert set(json.loads(found.content[0].text)) == {"large"}
 
 
+@pytest.mark.slow
 def test_limits_and_stops(random) -> None:
     one = create(random, max_tokens=2, extra_body={"seed": 3})
     assert one.stop_reason in ("max_tokens", "end_turn") and one.usage.output_tokens <= 2

@@ -156,6 +156,7 @@ def test_json_and_a_regular_expression(random) -> None:
     assert re.fullmatch(r"\d{4}-\d{2}", found.choices[0].message.content)
 
 
+@pytest.mark.slow
 def test_logprobs_n_seed_and_stop(random) -> None:
     settings = {"max_tokens": 6, "seed": 3, "temperature": 1}
     two = create(random, **settings, n=2, logprobs=True)

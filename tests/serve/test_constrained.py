@@ -43,6 +43,7 @@ def check_calls(message: dict[str, Any]) -> list[str]:
 # --- forms of the content --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_json_by_a_schema(app, temperature) -> None:
     found = choice(app, response_format=FORM, temperature=temperature, **NO_THOUGHT)
@@ -131,6 +132,7 @@ def test_each_answer_has_its_own_place(app) -> None:
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("template", ["glm-4.5", "glm-4.7"])
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "enabled", "budget_tokens": 8}], ids=["off", "on"])
 def test_calls_that_must_come(engine, tokenizer, monkeypatch, template, thinking) -> None:
@@ -153,6 +155,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
+@pytest.mark.slow
 def test_only_allowed_tools_are_called(app, tokenizer) -> None:
     """All tools stand in the prompt, whose beginning stays the same; some may be called, or one of them must be."""
     call = {str(tokenizer.token_id("<tool_call>")): 100}
@@ -221,6 +224,7 @@ def test_calls_without_tools_are_text(engine) -> None:
 # --- budgets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "fields",
     [

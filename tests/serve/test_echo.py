@@ -48,6 +48,7 @@ def test_a_prompt_alone(app, engine, wanted):
     assert all(before[name] == after[name] for name in ("steps", "compiled_in_service"))
 
 
+@pytest.mark.slow
 def test_a_prompt_and_what_follows(app, wanted):
     tokens, _ = wanted
     plain = complete(app, max_tokens=3, logprobs=1, echo=False)["choices"][0]
@@ -68,6 +69,7 @@ def test_the_token_that_ends_is_counted(app, engine):
     assert len(choice["logprobs"]["tokens"]) == len(engine.tokenizer.encode(TEXT)) + 1
 
 
+@pytest.mark.slow
 def test_several_prompts_and_streams(app, wanted):
     prompts = [TEXT, "the", [5]]
     found = complete(app, prompt=prompts, n=2, max_tokens=1, logprobs=0, ignore_eos=True)["choices"]

@@ -20,6 +20,7 @@ from tests.serve.support import CHAT, HELLO, Visit, ask, connect, events, refusa
 LONG = {"messages": HELLO, "max_tokens": 1500, "ignore_eos": True}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_the_engine(app, engine, stream) -> None:
     async def go() -> None:

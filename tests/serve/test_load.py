@@ -54,6 +54,7 @@ def glm45(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_against_a_server(engine, tmp_path):
     plot = tmp_path / "load.png"
     with served(engine, "small") as server:

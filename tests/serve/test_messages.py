@@ -94,6 +94,7 @@ def test_blocks_of_an_answer(engine) -> None:
     assert [b["type"] for b in message(app, tools=[WEATHER])["content"]] == ["thinking", "text", "tool_use", "tool_use"]
 
 
+@pytest.mark.slow
 def test_what_the_engine_gives(app) -> None:
     settings = {"max_tokens": 12, "temperature": 1, "seed": 3}
     whole = message(app, **settings)

@@ -103,6 +103,7 @@ def test_items_of_an_answer(engine) -> None:
     assert len(respond(app, tools=[WEATHER], parallel_tool_calls=False)["output"]) == 3
 
 
+@pytest.mark.slow
 def test_what_the_engine_gives(app) -> None:
     settings = {"max_output_tokens": 5, "seed": 3, "include": ["message.output_text.logprobs"]}
     whole, pieces = respond(app, **settings), joined(streamed(app, **settings))

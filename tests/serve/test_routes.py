@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.support import COMPLETIONS, HELLO, ask, chat, events, refusal
@@ -25,6 +26,7 @@ def test_completions_continue_a_prompt(app, engine, tokenizer) -> None:
     assert ask(app, COMPLETIONS, {**body, "prompt": tokens}).json()["choices"][0]["text"] == wanted.text
 
 
+@pytest.mark.slow
 def test_several_prompts_have_their_answers_in_order(app) -> None:
     settings = {"max_tokens": 5, "temperature": 0}
     one = [ask(app, COMPLETIONS, {"prompt": p, **settings}).json()["choices"][0]["text"] for p in ("the", "a dog")]

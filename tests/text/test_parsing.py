@@ -327,6 +327,7 @@ def test_seeds_of_the_fuzzer(seed, thinking):
     prove_parsing.check(seed, thinking, every_cut=True)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", prove_parsing.HOSTILE)
 def test_time_grows_with_the_length(name):
     """Eight times the text: eight times the time if linear, sixty-four if quadratic."""

@@ -103,6 +103,7 @@ def test_learns(reference):
     assert curve[-1][1] < curve[0][1] - 0.3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("crashes", [(3,), (5, 10), (4, 6, 7, 11)])
 def test_crash_and_resume(run_config, reference, crashes):
     config = in_folder(run_config, "crashed")
@@ -115,6 +116,7 @@ def test_crash_and_resume(run_config, reference, crashes):
     assert seen == list(range((crashes[-1] - 1) // 4 * 4 + 1, 13))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_after_the_step_at_hand(run_config, reference):
     config = in_folder(run_config, "stopped")
 
@@ -129,6 +131,7 @@ def test_a_signal_stops_after_the_step_at_hand(run_config, reference):
     assert (result.digest(), losses(config)) == reference
 
 
+@pytest.mark.slow
 def test_the_time_ends_a_run_whole_and_more_time_goes_on(run_config, reference, monkeypatch):
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr("glm45_jax.train.stopping.time", clock)
@@ -148,6 +151,7 @@ def test_a_limit_of_time_is_positive(run_config):
         run_config.replace(max_minutes=0.0)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_put_aside(run_config, reference):
     folder = Path(run_config.output_dir) / "checkpoints"
     for file in (folder / "12" / "state").rglob("*"):
@@ -157,6 +161,7 @@ def test_a_damaged_checkpoint_is_put_aside(run_config, reference):
     assert (folder / "12.damaged").is_dir() and (folder / "12").is_dir()
 
 
+@pytest.mark.slow
 def test_when_no_checkpoint_can_be_read(run_config, reference):
     folder = Path(run_config.output_dir) / "checkpoints"
     for file in folder.rglob("manifest.ocdbt"):
@@ -191,6 +196,7 @@ def test_the_model_at_the_end_is_the_parameters(run_config, reference):
     assert config == run_config.model
 
 
+@pytest.mark.slow
 def test_export_of_a_stopped_run(run_config, reference):
     config = in_folder(run_config, "exported")
     with pytest.raises(UserError, match="train first"):
@@ -202,6 +208,7 @@ def test_export_of_a_stopped_run(run_config, reference):
     assert params["embed"]["weight"].shape == (320, 32)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(run_config, reference):
     wider = run_config.replace(model=run_config.model.replace(routed_scaling_factor=1.0))
     with pytest.raises(UserError, match=r"routed_scaling_factor was 2\.5, is 1\.0"):
@@ -233,6 +240,7 @@ def test_data_that_end_before_the_steps(run_config, tmp_path):
     assert result.finished and int(result.state.step) == -(-400 // 64) and result.model_dir is not None
 
 
+@pytest.mark.slow
 def test_start_from_the_weights_of_a_checkpoint(run_config, reference):
     config = in_folder(run_config, "tuned").replace(init_from=str(Path(run_config.output_dir) / "model"))
     seen = []
@@ -243,6 +251,7 @@ def test_start_from_the_weights_of_a_checkpoint(run_config, reference):
         train(other)
 
 
+@pytest.mark.slow
 def test_evaluation(run_config, corpus):
     config = run_config.replace(eval_data=run_config.data, eval_every=6, eval_batches=2)
     train(config)
@@ -298,6 +307,7 @@ def test_what_a_run_needs(run_config):
         train(run_config.replace(data=DataConfig(sources=(SourceConfig(path=("nowhere.txt",)),))))
 
 
+@pytest.mark.slow
 def test_metrics_survive_a_torn_last_line(run_config, reference):
     file = Path(run_config.output_dir) / "metrics.jsonl"
     file.write_text(file.read_text()[:-20])

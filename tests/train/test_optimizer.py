@@ -142,6 +142,7 @@ def test_what_is_not_muons(three_steps):
             np.testing.assert_allclose(after[name], want, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_equals_optax(nesterov):
     shapes = {"stack": (2, 3, 24, 40), "tall": (2, 40, 24), "row": (1, 24)}
@@ -171,6 +172,7 @@ def test_orthogonalize_brings_singular_values_near_one():
     assert not jnp.isnan(orthogonalize(jnp.zeros((2, 4, 3)))).any()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_state_is_float32_for_bfloat16_parameters(name):
     config = get_preset("small")

@@ -80,6 +80,7 @@ def test_a_digest_does_not_depend_on_the_mesh(on_eight):
     assert len(set(expected)) == 4
 
 
+@pytest.mark.slow
 def test_fresh_parameters_do_not_depend_on_the_mesh(on_eight, quick_programs):
     config = TrainConfig(model=get_preset("tiny"), steps=4, batch_size=8, seq_len=32, optimizer=OptimizerConfig())
     assert params_digest(quick_programs[1](config, None, None).params) == on_eight["params"]

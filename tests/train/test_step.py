@@ -65,6 +65,7 @@ def test_micro_batches_change_nothing():
     np.testing.assert_array_equal(flat(two.params)[bias], want[bias])
 
 
+@pytest.mark.slow
 def test_selection_bias_follows_the_load_of_every_layer():
     run = config()
     state, metrics = step_of(run)(start(run), make_batch())
@@ -146,6 +147,7 @@ def test_learns_a_batch_by_heart():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "changes",
     [
