@@ -22,6 +22,7 @@ def output(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plan_counts_without_compiling(capsys) -> None:
     (forward, dlhs, drhs) = json.loads(
         output(capsys, "plan", "kernels", "--op", "grouped_matmul", "--no-compile", "--json")

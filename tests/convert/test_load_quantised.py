@@ -47,7 +47,7 @@ def test_kept_fp8_is_exactly_what_is_dequantised(form, own, tmp_path) -> None:
         assert same(leaf, expected[path]), path
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int8", "fp8", "int8-block", "fp8-block"])
 def test_quantised_while_read_is_quantised_in_memory(form, tmp_path) -> None:
     source = make(tmp_path / "hf", WIDE)

@@ -137,6 +137,7 @@ def test_deltas_come_to_threads_and_event_loops(engine):
     assert results == wanted
 
 
+@pytest.mark.slow
 def test_other_weights_are_in_force_at_once(params, engine):
     asked = prompts(3, seed=6)
     before = [g.answer for g in engine.generate_batch(asked, 8)]

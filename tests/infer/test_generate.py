@@ -166,7 +166,7 @@ def test_the_configs_stop_ids_are_the_default(params) -> None:
     assert {len(g.answer) for g in free} == {NEW} and [g.answer for g in ended] == [[CONFIG.eos_token_id[1]]] * 3
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_new_tokens(count, params) -> None:
     prompts = [*PROMPTS, [3] * 14]  # long enough to need as many slots as the other tests
@@ -280,6 +280,7 @@ def advances(monkeypatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 def test_the_host_is_not_asked_between_tokens(params, advances) -> None:
     glm.generate(params, CONFIG, PROMPTS, NEW)
     assert advances == [NEW]

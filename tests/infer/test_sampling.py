@@ -225,6 +225,7 @@ def test_noise_is_fine_in_its_upper_tail() -> None:
     assert len(np.unique(noise[-1000:])) > 950
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     logits = batch_of([{}], seed=3)[0]
     one = [draws(logits, {"temperature": 1.0, "seed": s}, 1, np.array([p]))[0] for s, p in ((4, 9), (5, 9), (4, 10))]

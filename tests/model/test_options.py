@@ -49,7 +49,7 @@ def without(tree: dict[str, Any], path: list[str]) -> None:
         without(tree[path[0]], path[1:])
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("changes", VALUES, ids=str)
 def test_values_matter(changes: dict[str, Any], model) -> None:
     config, params, tokens, base = model

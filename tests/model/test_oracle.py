@@ -46,7 +46,7 @@ def computed(oracles):
     return get
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("path", oracle_paths(slow=SLOW))
 def test_logits(path, computed) -> None:
     o, (out, left_with_positions) = computed(path)
@@ -57,6 +57,7 @@ def test_logits(path, computed) -> None:
     same(left_with_positions, o["logits_left_pos"], o["mask_left"])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", oracle_paths(slow=SLOW))
 def test_hidden_states(path, computed) -> None:
     o, (out, _) = computed(path)
@@ -102,7 +103,7 @@ def cross_entropy(params: Any, config: Any, batch: Any) -> jax.Array:
 slope = quick_jit(jax.value_and_grad(cross_entropy), static_argnums=1)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("path", oracle_paths("loss", fast=FAST_GRADIENTS))
 def test_loss_and_gradients(path, oracles) -> None:
     o = oracles(path)

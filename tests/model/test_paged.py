@@ -84,6 +84,7 @@ def test_any_cuts_give_the_whole_sequences_logits_and_drafts(seed):
             at += b - a
 
 
+@pytest.mark.slow
 def test_drafts_in_a_chain():
     """The MTP layer's own hidden state in the hidden state's place, one token on, is a sequence that goes on so."""
     config, params, sequences, (want, _) = model()

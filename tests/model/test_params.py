@@ -50,6 +50,7 @@ def test_init_draws_as_published(fresh) -> None:
         assert not np.array_equal(experts[0, 0], experts[0, 1]), "two experts start alike"
 
 
+@pytest.mark.slow
 def test_init_follows_the_key() -> None:
     config = small_config()
     init = quick_jit(init_params, static_argnums=0)

@@ -95,6 +95,7 @@ def test_decoding_is_the_forward_pass(params, form):
     np.testing.assert_allclose(logits, expected[:, 6], rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_stored_bytes(params):
     quantised = quantize_params(params, CONFIG, "int8")
     experts = quantised["moe_layers"]["moe"]["experts"]["gate"]
@@ -112,7 +113,7 @@ def test_refused(params):
         quantize_params(quantised, CONFIG, "fp8")
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_training_is_refused(params, form):
     from glm45_jax.train import TrainConfig, loss_fn

@@ -54,7 +54,7 @@ def routed(config: ModelConfig, params, tokens):
     return logits, np.take_along_axis(indices, order, -1), np.take_along_axis(weights, order, -1), bias
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("shift", [0.0, -5.0, 5.0])
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_choices_and_weights(changes: dict, shift: float) -> None:

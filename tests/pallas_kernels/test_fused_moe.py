@@ -155,7 +155,7 @@ def test_a_core_without_experts_fetches_none(num_experts: int) -> None:
     assert num_experts * block <= kernel.read_bytes <= (num_experts + 0.15 + (num_experts == 1)) * block
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_reads_only_the_chosen_experts(tokens: int) -> None:
     """The weights of experts nobody chose are NaN: reading them would show."""

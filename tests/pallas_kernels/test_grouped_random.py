@@ -177,7 +177,7 @@ def batch(seed: int = 0) -> list[jax.Array]:
     return [x, jnp.array([[7, 0, 12], [19, 0, 0]], jnp.int32), gate, up, down]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_scan_and_remat(op: str, implementation: str) -> None:

@@ -37,7 +37,7 @@ def test_there_is_native_code_where_there_is_a_compiler():
     assert native.available()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tokens", [1, 3, 29, 110])
 @pytest.mark.parametrize("sizes", [ODD, EVEN], ids=["odd", "even"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -93,7 +93,7 @@ def test_grouped(rows, sizes, swiglu, dtype):
     np.testing.assert_allclose(found, want, atol=2e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 20, 3), (6, 1, 64, 16), (2, 2, 7, 5), (12, 4, 128, 8)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_paged_attention(heads, kv_heads, dim, page, dtype):

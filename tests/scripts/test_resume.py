@@ -27,7 +27,7 @@ def watched(cloud: Cloud, *flags: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_a_preempted_tpu_is_replaced_and_the_same_command_launched(cloud: Cloud, state: str) -> None:
     cloud.launched("--set-env", "NOTE=a b", *HARD, NODE_COUNT="2", CAPACITY="spot")

@@ -319,6 +319,7 @@ def test_launch_warns_of_checkpoints_on_the_workers(cloud: Cloud) -> None:
     assert warning not in cloud.run("launch", "--dry-run", "recipes/big.yaml").stderr
 
 
+@pytest.mark.slow
 def test_logs(cloud: Cloud) -> None:
     cloud.launched(NODE_COUNT="2", behaviour="0")
     wait_for(lambda: cloud.states() == ["exited 0"] * 4)
@@ -335,6 +336,7 @@ def test_logs(cloud: Cloud) -> None:
     process.communicate(timeout=20)
 
 
+@pytest.mark.slow
 def test_logs_go_to_a_bucket(cloud: Cloud) -> None:
     cloud.launched("--log-dir", "gs://logs/here", "recipes/big.yaml", behaviour="0")
     wait_for(lambda: cloud.states() == ["exited 0"] * 2)
@@ -388,6 +390,7 @@ def test_dry_run_calls_nothing_and_prints_what_would_be_called(cloud: Cloud) -> 
     assert before == sorted((file, file.read_bytes()) for file in cloud.state.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_what_dry_run_prints_is_what_is_called(cloud: Cloud) -> None:
     """The printed lines, read by a shell, are the calls that change something."""
 

@@ -238,6 +238,7 @@ def test_responses_over_several_turns(script, client) -> None:
         client.responses.retrieve(second.id)
 
 
+@pytest.mark.slow
 def test_an_incomplete_response(random) -> None:
     found = respond(random, max_output_tokens=2, extra_body={"seed": 3}, reasoning={"effort": "none"})
     assert (found.status, found.incomplete_details.reason) == ("incomplete", "max_output_tokens")

@@ -96,6 +96,7 @@ def test_what_is_right(text, match, right):
     assert is_right(text, wanted, match) == right
 
 
+@pytest.mark.slow
 def test_questions_to_a_server(engine, tmp_path):
     file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     rows = {"prompt": "1 + 1?", "answer": 2}, {"messages": [{"role": "user", "content": "x"}], "answer": ["a"]}

@@ -109,6 +109,7 @@ def test_what_the_engine_gives(app) -> None:
     assert ask(app, COUNT, {"messages": long}).json() == {"input_tokens": everything}
 
 
+@pytest.mark.slow
 def test_why_it_ended(app, engine) -> None:
     fake_app, fake = scripted(engine, "one two")
     found = message(fake_app, stop_sequences=["three"], top_k=40, top_p=0.5, temperature=0.3)

@@ -72,6 +72,7 @@ def on_eight():
     return json.loads(run_python(ON_EIGHT))
 
 
+@pytest.mark.slow
 def test_a_digest_does_not_depend_on_the_mesh(on_eight):
     x = np.random.default_rng(0).standard_normal((8, 4, 16)).astype(np.float32)
     arrays = [x] * 5 + [x > 0] * 5 + [x.astype("bfloat16")] * 5 + [np.int32(7)]
