@@ -24,6 +24,7 @@ from glm45_jax.infer import steps
 from glm45_jax.infer.calibrate import cache_scales
 from glm45_jax.infer.sampling import SamplingParams
 from glm45_jax.infer.score import Scored, score
+from glm45_jax.infer.settings import without_biases
 from glm45_jax.infer.steps import Chosen, Drafted, Likeliest, Read, Reading, Slots, Special
 from glm45_jax.model import Params, init_pages
 from glm45_jax.model.paged import QuantizedPages
@@ -119,17 +120,17 @@ def _read(params: Params, config: ModelConfig, pages: Any, slots: Slots, flat: A
 _choose = jax.jit(steps.choose)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes"), donate_argnames="pages")
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
 def _draft(
     params: Params, config: ModelConfig, pages: Any, done: Any, chosen: Chosen, sampling: Any, flat: Any,
-    vocab_size: Any, sizes: Any,
+    vocab_size: Any, sizes: Any, most: int,
 ) -> Drafted:  # fmt: skip
     hidden, tokens, rows = done
     reading = Reading.unpacked(flat, sizes)._replace(tokens=tokens, lengths=rows.lengths)
-    return steps.draft(params, config, pages, hidden, chosen.slots, chosen.tokens, sampling, reading, vocab_size)
+    args = hidden, chosen.slots, chosen.tokens, without_biases(sampling), reading, vocab_size
+    return steps.draft(params, config, pages, *args, most=most)
 
 
-_draft_next = jax.jit(steps.draft_next, static_argnames="config", donate_argnames="pages")
 _likeliest = jax.jit(steps.likeliest)
 
 
@@ -165,9 +166,8 @@ class Programs:
         return _run(self._choose(choice))
 
     def _read(self, reading: Reading, most: int) -> Calls[None]:
-        self._flat, self._sizes = reading.packed(), reading.sizes
-        args = self.params, self.config, self._pages, self._slots, self._flat
-        done = yield Call(_read, args, {"sizes": reading.sizes, "most": most})
+        self._flat, self._fixed = reading.packed(), {"sizes": reading.sizes, "most": most}
+        done = yield Call(_read, (self.params, self.config, self._pages, self._slots, self._flat), self._fixed)
         self._done, self._pages = done, done.pages
 
     def _choose(self, choice: Choice) -> Calls[Outcome]:
@@ -182,15 +182,11 @@ class Programs:
 
     def _draft(self, done: Read, chosen: Chosen, sampling: SamplingParams) -> Calls[Drafted]:
         model, vocab = (self.params, self.config), self._vocab_size
-        sampling = dataclasses.replace(sampling, bias_ids=None, bias_values=None)  # the same program for all requests
+        sampling = dataclasses.replace(sampling, bias_ids=None, bias_values=None)  # one program for all requests
         read = done.hidden, done.tokens, done.rows
         args = *model, self._pages, read, chosen, sampling, self._flat, vocab
-        drafted = yield Call(_draft, args, {"sizes": self._sizes})
+        drafted = yield Call(_draft, args, self._fixed)
         self._slots, self._pages = drafted.slots, drafted.pages
-        for number in range(1, drafted.tokens.shape[1]):
-            args = *model, self._pages, drafted._replace(pages=None), np.int32(number), sampling, vocab
-            drafted = yield Call(_draft_next, args)
-            self._slots, self._pages = drafted.slots, drafted.pages
         return drafted
 
     def compile_ahead(self, steps: Callable[[], Iterable[tuple[Reading, int, Choice]]]) -> None:
@@ -199,7 +195,7 @@ class Programs:
         Each program is lowered with what those before it in its step give: they are run for that.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for program in (_read, _choose, _likeliest, _draft, _draft_next):
+            for program in (_read, _choose, _likeliest, _draft):
                 compiling = {}
                 for reading, most, choice in steps():
                     call = _run_up_to(program, self._read(reading, most), self._choose(choice))
@@ -236,7 +232,7 @@ class Programs:
     @staticmethod
     def compiled() -> int:
         """How many programs of steps have been compiled so far."""
-        return sum(f._cache_size() for f in (_read, _choose, _draft, _draft_next, _likeliest))  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _spread(make: Callable[[Any], Any], of: Any, by_heads: bool = False) -> Any:

@@ -92,3 +92,10 @@ class Settings:
         else:  # llguidance computes without Python's lock
             list(self._pool.map(lambda one: one[0].fill(*one[1:]), work))
         return masks.reshape(rows * choices, -1)
+
+
+def without_biases(sampling: SamplingParams) -> SamplingParams:
+    """For drafts."""
+    rows = sampling.seed.shape[0]
+    empty = {"bias_ids": np.zeros((rows, 0), np.int32), "bias_values": np.zeros((rows, 0), np.float32)}
+    return dataclasses.replace(sampling, **empty)

@@ -9,7 +9,6 @@ have, V vocabulary, D model.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -115,13 +114,8 @@ class Likeliest(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """The drafts of a step, and what `draft_next` goes on from."""
-
-    accepted: Int[Array, " R"]  # drafts of the step before that hold: they are what was chosen
-    tokens: Int[Array, "R most"]  # the next, as many as there are yet
-    hidden: Float[Array, "R D"]
-    positions: Int[Array, " R"]  # of the tokens that were drafted last
-    rows: tuple[Int[Array, " R"], Int[Array, "R P"], Int[Array, ""]]  # to_slot, page_table, num_rows
+    accepted: Int[Array, " R"]  # drafts that hold: they are what was chosen
+    tokens: Int[Array, "R most"]  # the next
     slots: Slots
     pages: Pages
 
@@ -183,8 +177,10 @@ def draft(
     sampling: SamplingParams,
     reading: Reading,
     vocab_size: Int[Array, ""],
+    *,
+    most: int,
 ) -> Drafted:
-    """Which drafts hold, and the first of the next by the MTP layer: what it would choose with the main model's noise.
+    """Which drafts hold, and the next `most` by the MTP layer: what it would choose with the main model's noise.
 
     The layer reads all that the step has read, with the tokens that follow now known, then its own drafts in a chain.
     What it writes behind drafts that don't hold, and of the chain, is written anew when the true tokens are there.
@@ -199,48 +195,22 @@ def draft(
     batch = Ragged(following, reading.starts, reading.lengths, reading.page_table, reading.num_rows)
     wanted = jnp.maximum(base + accepted, 0)
     step = mtp_paged_step(params, config, pages, batch, hidden, wanted)
-    positions = reading.lengths - reading.drafts + accepted + 1
-    first = _drafted(step.logits, sampling, positions, vocab_size)
-    last = jnp.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
-    held = slots.tokens.at[reading.to_slot, 0].set(last, mode="drop")
+    position, h = reading.lengths - reading.drafts + accepted, step.hidden[wanted]
+    drafts = [sample(step.logits, sampling, position + 1, None, vocab_size)[0]]
+    every = jnp.arange(base.shape[0] + 1)
+    for i in range(1, most):
+        batch = Ragged(drafts[-1], every, position + i, reading.page_table, reading.num_rows)
+        step = mtp_paged_step(params, config, step.pages, batch, h, every[:-1])
+        h = step.hidden
+        drafts.append(sample(step.logits, sampling, position + 1 + i, None, vocab_size)[0])
+    found = jnp.stack(drafts, axis=1)
+    last = jnp.take_along_axis(chosen, accepted[:, None], axis=1)
     slots = Slots(
-        held.at[reading.to_slot, 1].set(first, mode="drop"),
+        slots.tokens.at[reading.to_slot].set(jnp.concatenate([last, found], axis=1), mode="drop"),
         slots.accepted.at[reading.to_slot].set(accepted, mode="drop"),
     )
-    rows = reading.to_slot, reading.page_table, reading.num_rows
-    tokens = jnp.zeros((len(first), chosen.shape[1] - 1), jnp.int32).at[:, 0].set(first)
-    found = Drafted(accepted, tokens, step.hidden[wanted], positions, rows, slots, pages=())
-    return whole_everywhere(found)._replace(pages=step.pages)
-
-
-def draft_next(
-    params: Params,
-    config: ModelConfig,
-    pages: Array,
-    drafted: Drafted,
-    number: Int[Array, ""],
-    sampling: SamplingParams,
-    vocab_size: Int[Array, ""],
-) -> Drafted:
-    """One draft more behind the last, number `number`, counted from 0; `drafted` without its pages."""
-    to_slot, page_table, num_rows = drafted.rows
-    every, positions = jnp.arange(len(to_slot) + 1), drafted.positions + 1
-    batch = Ragged(drafted.tokens[:, number - 1], every, drafted.positions, page_table, num_rows)
-    step = mtp_paged_step(params, config, pages, batch, drafted.hidden, every[:-1])
-    token = _drafted(step.logits, sampling, positions, vocab_size)
-    tokens = drafted.tokens.at[:, number].set(token)
-    slots = drafted.slots._replace(tokens=drafted.slots.tokens.at[to_slot, 1 + number].set(token, mode="drop"))
-    hidden, tokens, slots = whole_everywhere((step.hidden, tokens, slots))
-    return drafted._replace(tokens=tokens, hidden=hidden, positions=positions, slots=slots, pages=step.pages)
-
-
-def _drafted(
-    logits: Float[Array, "R V"], sampling: SamplingParams, positions: Int[Array, " R"], vocab_size: Int[Array, ""]
-) -> Int[Array, " R"]:
-    """What a request would choose, but for its biases, penalties and grammar."""
-    none = jnp.zeros((len(positions), 0))
-    sampling = dataclasses.replace(sampling, bias_ids=none.astype(jnp.int32), bias_values=none)
-    return sample(logits, sampling, positions, None, vocab_size)[0]
+    accepted, found, slots = whole_everywhere((accepted, found, slots))
+    return Drafted(accepted, found, slots, step.pages)
 
 
 def whole_everywhere(tree: Any) -> Any:

@@ -21,9 +21,9 @@ def quick_programs() -> Iterator[None]:
         advance = quick_jit(loop.advance.__wrapped__, static_argnames="config", donate_argnames="state")
         patch.setattr(generate_module, "start", start)
         patch.setattr(generate_module, "advance", advance)
-        fixed = {"_read": ["config", "sizes", "most"], "_draft": ["config", "sizes"], "_draft_next": ["config"]}
-        for name, names in fixed.items():
+        for name in ("_read", "_draft"):
             function = getattr(programs, name).__wrapped__
-            patch.setattr(programs, name, quick_jit(function, static_argnames=names, donate_argnames="pages"))
+            jitted = quick_jit(function, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
+            patch.setattr(programs, name, jitted)
         patch.setattr(programs, "_choose", quick_jit(programs._choose.__wrapped__))
         yield
