@@ -181,10 +181,9 @@ class Programs:
         return Outcome(chosen, drafted, likely)
 
     def _draft(self, done: Read, chosen: Chosen, sampling: SamplingParams) -> Calls[Drafted]:
-        model, vocab = (self.params, self.config), self._vocab_size
         sampling = dataclasses.replace(sampling, bias_ids=None, bias_values=None)  # one program for all requests
         read = done.hidden, done.tokens, done.rows
-        args = *model, self._pages, read, chosen, sampling, self._flat, vocab
+        args = self.params, self.config, self._pages, read, chosen, sampling, self._flat, self._vocab_size
         drafted = yield Call(_draft, args, self._fixed)
         self._slots, self._pages = drafted.slots, drafted.pages
         return drafted
@@ -194,8 +193,9 @@ class Programs:
 
         Each program is lowered with what those before it in its step give: they are run for that.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for program in (_read, _choose, _likeliest, _draft):
+        programs = [_read, _choose, _likeliest, *([_draft] if self.sizes.drafts else [])]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each takes a compiler's memory too
+            for program in programs:
                 compiling = {}
                 for reading, most, choice in steps():
                     call = _run_up_to(program, self._read(reading, most), self._choose(choice))

@@ -12,7 +12,6 @@ from glm45_jax.infer import Engine, EngineOptions
 from tests.support import random_params, small_config
 
 CONFIG = small_config(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=1)
-
 STEPS = ("_read", "choose", "_draft", "likeliest")
 
 

@@ -29,7 +29,9 @@ def killed(run):
 def reference(recipe):
     """An undisturbed run's digest and losses."""
     run = Run(recipe, recipe.parent / "whole")
-    return run.digest(), losses(run.out)
+    digest = run.digest()
+    assert digest.startswith("xxh3:")
+    return digest, losses(run.out)
 
 
 def test_killed_in_a_save_and_at_random(recipe, reference):
@@ -50,7 +52,7 @@ def test_killed_at_any_moment(recipe, reference):
     for first, last in ((0, 0), (5, 15), (20, 35)):
         run = Run(recipe, out)
         step = rng.randint(first, last)
-        assert run.signal_when(lambda run=run, step=step: not step or run.logged(step), number=0)
+        assert run.signal_when(lambda run=run, step=step: not step or run.logged(step), number=0)  # 0: no signal yet
         end = time.monotonic() + rng.uniform(0, 0.05 if step else 2)
         kills += run.signal_when(lambda end=end: time.monotonic() > end) and killed(run)
     assert kills >= 2
