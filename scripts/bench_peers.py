@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from circumstances import circumstances
 
@@ -56,9 +57,9 @@ def make_pair(sizes: dict, directory: str):
     return model, *glm.load_checkpoint(directory, dtype="float32")
 
 
-def alternate(rounds: int, sides: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+def alternate(rounds: int, sides: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
     """Seconds of each side's calls, taken in turn after one warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[Any, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, call in sides.items():
             start = time.perf_counter()

@@ -1,12 +1,14 @@
 """Serving beside transformers on this machine's CPU: tokens per second of many requests at once, same weights, one run.
 
 32 requests of 64 tokens, 128 new tokens each, to the engine as a library; to transformers' `generate` as one batch,
-with each of its implementations of the experts, and to its continuous batching where that runs. Beside them what the
-bare compiled steps of those shapes take, without an engine around them. Then one sequence, with drafts and without.
+with each of its implementations of the experts, and to its continuous batching where that runs; and to llama.cpp's
+server, over HTTP, where one is given (`llama_cpp.py` says how to build it). Beside them what the bare compiled steps of
+those shapes take, without an engine around them. Then speculation: drafts against none, at several loads.
 
     python scripts/bench_serving.py                                       # a random model of the benchmark's sizes
     python scripts/bench_serving.py --checkpoint runs/quickstart/model    # a trained one: acceptance means something
     python scripts/bench_serving.py --only speculation --checkpoint runs/quickstart/model
+    python scripts/bench_serving.py --only throughput --llama-server build/bin/llama-server
     python scripts/bench_serving.py --json docs/proofs/serving.json
 
 Sides alternate, so that a machine whose speed drifts slows all; medians and their ratios are printed.
@@ -15,6 +17,7 @@ Sides alternate, so that a machine whose speed drifts slows all; medians and the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import random
@@ -28,8 +31,10 @@ from typing import Any
 import numpy as np
 from bench_peers import DECODE, EXPERTS, alternate, make_pair
 from circumstances import circumstances, write_figures
+from llama_cpp import completing, serving, write_gguf
 
 REQUESTS, PROMPT, NEW = 32, 64, 128
+WAVES = 4  # of requests, to see what drafts give
 
 
 def load_pair(checkpoint: Path) -> Any:
@@ -43,8 +48,8 @@ def load_pair(checkpoint: Path) -> Any:
     return model, *glm.load_checkpoint(checkpoint, dtype="float32")
 
 
-def throughput(pair: Any, name: str, rounds: int) -> dict[str, Any]:
-    """Tokens per second of all requests together, of each side."""
+def throughput(pair: Any, name: str, rounds: int, llama: Path | None, checkpoint: Path) -> dict[str, Any]:
+    """Tokens per second of all requests together, of each side; llama.cpp's server is that at `llama`, if any."""
     from glm45_jax.infer import Engine, EngineOptions
 
     model, config, params = pair
@@ -53,28 +58,45 @@ def throughput(pair: Any, name: str, rounds: int) -> dict[str, Any]:
         slots=REQUESTS, cache_tokens=REQUESTS * (PROMPT + NEW + 16), step_tokens=REQUESTS * PROMPT,
         warm_up=False,  # what is needed is compiled in the round that does not count
     )  # fmt: skip
-    with Engine(params, config, options=options) as engine:
+    answers: dict[str, list[list[int]]] = {}
+    with Engine(params, config, options=options) as engine, contextlib.ExitStack() as stack:
 
         def ours() -> None:
             engine.update_params(params)  # nothing of the last round may be found in the cache
-            engine.generate_batch(prompts.tolist(), NEW, stop_ids=[])
+            answers["ours"] = [one.answer for one in engine.generate_batch(prompts.tolist(), NEW, stop_ids=[])]
 
         sides: dict[str, Callable[[], None]] = {"glm45_jax": ours, "bare steps": _bare_steps(params, config, prompts)}
         sides |= {experts: _generate(model, prompts, experts) for experts in EXPERTS}
         continuous = _continuous(model, prompts)
         sides |= {"continuous": continuous} if continuous else {}
+        if llama is not None:
+            write_gguf(checkpoint, model_file := Path(stack.enter_context(tempfile.TemporaryDirectory()), "model.gguf"))
+            address = stack.enter_context(serving(llama, model_file, REQUESTS, PROMPT + NEW + 8, threads=2))
+            ask = completing(address, prompts.tolist(), NEW)
+            sides["llama.cpp"] = lambda: answers.update(theirs=ask())
         times = alternate(rounds, sides)
     rates = {side: REQUESTS * NEW / statistics.median(t) for side, t in times.items()}
-    peers = {side: rate for side, rate in rates.items() if side not in ("glm45_jax", "bare steps")}
+    peers = {side: rate for side, rate in rates.items() if side not in ("glm45_jax", "bare steps", "llama.cpp")}
     best = max(peers, key=peers.__getitem__)
     row = {
         "task": f"{REQUESTS} requests, {PROMPT} + {NEW} tokens, {name}", "tokens_per_s": rates, "best_peer": best,
         "ratio": rates["glm45_jax"] / rates[best], "share_of_bare_steps": rates["glm45_jax"] / rates["bare steps"],
     }  # fmt: skip
+    if "theirs" in answers:
+        row["llama_cpp"] = {"ratio": rates["glm45_jax"] / rates["llama.cpp"], **_agreement(**answers)}
     shown = "  ".join(f"{side} {rate:.0f}" for side, rate in rates.items())
     print(f"{row['task']}: {shown} tokens/s; {row['ratio']:.2f}x of {best}, "
-          f"{row['share_of_bare_steps']:.0%} of the bare steps", flush=True)  # fmt: skip
+          f"{row['share_of_bare_steps']:.0%} of the bare steps; {row.get('llama_cpp', '')}", flush=True)  # fmt: skip
     return row
+
+
+def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:
+    """How much of the greedy answers is the same: their first tokens, and all up to the first difference."""
+    same = [[a == b for a, b in zip(one, other, strict=True)] for one, other in zip(ours, theirs, strict=True)]
+    return {
+        "same_first_tokens": statistics.mean(one[0] for one in same),
+        "same_until_the_first_difference": statistics.mean([*one, False].index(False) / NEW for one in same),
+    }
 
 
 def _bare_steps(params: Any, config: Any, prompts: np.ndarray) -> Callable[[], None]:
@@ -143,28 +165,36 @@ def _continuous(model: Any, prompts: np.ndarray) -> Callable[[], None] | None:
 
 
 def speculation(params: Any, config: Any, tokenizer: Any, prompts: list[list[int]], rounds: int) -> list[dict]:
-    """Engines with one and two drafts against one without, at several loads: their times, and what was accepted."""
+    """Engines with one and two drafts against one without, at several loads: their times, and what was accepted.
+
+    Four waves, each when the one before has ended; and the same requests all at once, where each that ends makes room
+    for the next.
+    """
     from glm45_jax.infer import Engine, EngineOptions
 
     rows = []
     for together in (1, 4, 16):
-        some, sides, engines = (prompts * together)[: max(4, together)], {}, {}
+        some, engines = (prompts * together)[: max(4, together)], {}
         for drafts in (0, 1, 2):
             options = EngineOptions(
                 slots=together, cache_tokens=together * 1024, step_tokens=max(256, together * 3), drafts=drafts
             )
-            engine = engines[drafts] = Engine(params, config, tokenizer=tokenizer, options=options)
-            sides[f"drafts {drafts}"] = functools.partial(engine.generate_batch, some, NEW)
-        times = alternate(rounds, sides)
-        for drafts in (1, 2):
-            stats = engines[drafts].stats()
-            ratios = [a / b for a, b in zip(times["drafts 0"], times[f"drafts {drafts}"])]
-            row = {
-                "task": f"speculation, {together} at once, {drafts} drafts", "speed_up": statistics.median(ratios),
-                "acceptance": stats["drafts_accepted"] / max(1, stats["drafts_given"]), "given": stats["drafts_given"],
-            }  # fmt: skip
-            print(f"{row['task']}: {row['speed_up']:.2f}x, {row['acceptance']:.0%} of {row['given']} accepted")
-            rows.append(row)
+            engines[drafts] = Engine(params, config, tokenizer=tokenizer, options=options)
+        for how, batches in {"in waves": [some] * WAVES, "refilled": [some * WAVES]}.items():
+            call = lambda engine, batches: [engine.generate_batch(batch, NEW) for batch in batches]  # noqa: E731
+            times = alternate(rounds, {d: functools.partial(call, engine, batches) for d, engine in engines.items()})
+            for drafts in (1, 2):
+                stats = engines[drafts].stats()
+                ratios = [a / b for a, b in zip(times[0], times[drafts])]
+                row = {
+                    "task": f"speculation, {together} at once {how}, {drafts} drafts",
+                    "speed_up": statistics.median(ratios), "of_rounds": [min(ratios), max(ratios)],
+                    "acceptance": stats["drafts_accepted"] / max(1, stats["drafts_given"]),
+                    "given": stats["drafts_given"],
+                }  # fmt: skip
+                print(f"{row['task']}: {row['speed_up']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), "
+                      f"{row['acceptance']:.0%} of {row['given']} accepted", flush=True)  # fmt: skip
+                rows.append(row)
         for engine in engines.values():
             engine.close()
     return rows
@@ -186,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a trained model in Hugging Face's format")
     parser.add_argument("--only", choices=["throughput", "speculation"], help="one task")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, to stand beside")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here, beside those of other models")
     args = parser.parse_args()
@@ -198,7 +229,7 @@ def main() -> None:
         name = args.checkpoint.name if args.checkpoint else "the benchmark's sizes"
         if args.only != "speculation":
             pair = load_pair(args.checkpoint) if args.checkpoint else make_pair(DECODE, directory)
-            rows.append(throughput(pair, name, args.rounds))
+            rows.append(throughput(pair, name, args.rounds, args.llama_server, args.checkpoint or Path(directory)))
             del pair
         if args.checkpoint and args.only != "throughput":
             import glm45_jax as glm

@@ -173,7 +173,8 @@ def serve(run: Run, params: Any, config: Any, tokenizer: Tokenizer, asks: list[A
         rng.shuffle(order)
     requests: dict[int, Any] = {}
     with Engine(params, config, tokenizer=tokenizer, options=options) as engine:
-        engine._drafting.pays = lambda rows: options.drafts > 0  # whatever the clock says
+        engine._drafting.begins = lambda rows, without: options.drafts > 0  # whatever the clock says
+        engine._drafting.goes_on = lambda rows, drafting: True
         for i in order:
             ask = asks[i]
             grammar = engine.grammars.compile(ask.grammar) if ask.grammar else None

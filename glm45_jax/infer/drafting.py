@@ -2,77 +2,124 @@
 
 A draft that holds is a token for the price of reading one more in the same step; the MTP layer that makes drafts, and
 the further tokens' experts, are what it costs. Which is more depends on the machine, the load and the text, so both are
-measured, at the start and in service.
+measured: roughly at the start, then in service, where both kinds of step have to be tried for that. One sequence that
+drafts makes the step longer for all, so what counts is how many of them do; and since requests come in waves, the load
+that counts for one that comes is that of the last steps, not that of the moment.
 """
 
 from __future__ import annotations
 
+import collections
 import math
+import statistics
+from collections.abc import Callable
 
-_SLOWLY, _QUICKLY = 0.02, 0.2  # weight of the newest, in running means of drafts and of times
-_FIRST_GUESS = 0.7
+_SLOWLY = 0.02  # weight of the newest draft in the chance, once many have been seen
+_FIRST_GUESS, _WORTH_OF_GUESS = 0.8, 4  # counts as so many drafts
 _LEAST_CHANCE = 0.3  # that a draft must have to be read
-_MARGIN = 1.02  # by which a change of mind must pay
-FAIR_TRIAL = 8  # tokens of an answer before its drafts may be found not to pay
+_TIMES_KEPT = 15  # of each kind of step: their median is not moved by a few during which the machine did other things
+_BEGIN, _GO_ON = 1.05, 1.0  # gains that are asked for: who ends stays without, so to begin asks for more
+_TRY = 0.85  # of a gain that is known from the start alone, to see what it is in service
+_LOAD_KEPT = 0.98  # of the load, from step to step
+TRIAL = 8  # steps of a kind that say what it takes
+_FIRST_PLAIN, _NEXT_PLAIN = 4 * TRIAL, 4000  # steps with drafts, then it is time to see steps without
 _SHARE_OF_TRIALS = 0.01  # of the time, where drafts do not pay, goes to see how it is now
 
 
 class Drafting:
     """For up to `most` drafts behind each token.
 
+    Args:
+      size_of: rows of the program that decodes so many sequences.
+
     Attributes:
       chance: that a draft holds where those before it do.
       given, accepted: drafts that were read, and that held.
     """
 
-    def __init__(self, most: int):
-        self.most, self.chance = most, _FIRST_GUESS
+    def __init__(self, most: int, size_of: Callable[[int], int] = lambda rows: rows):
+        self.most, self.chance, self._size_of = most, _FIRST_GUESS, size_of
         self.given = self.accepted = 0
-        self._seconds: dict[tuple[bool, int], float] = {}
+        self._seen, self._load = _WORTH_OF_GUESS, 0.0
+        self._times: dict[tuple[bool, int], collections.deque[float]] = {}
         self._at_start: dict[int, tuple[float, float]] = {}
         self._elapsed = self._on_trials = 0.0
+        self._left_of_trial = 0
+        self._since_plain = collections.Counter[int]()  # steps with drafts
 
     def saw(self, given: int, accepted: int) -> None:
         """Of one sequence in one step."""
         self.given, self.accepted = self.given + given, self.accepted + accepted
         for held in [True] * accepted + [False] * (accepted < given):
-            self.chance += _SLOWLY * (held - self.chance)
+            self._seen += 1
+            self.chance += max(_SLOWLY, 1 / self._seen) * (held - self.chance)
 
     def timed_at_start(self, rows: int, plain: float, drafted: float) -> None:
-        """How long steps took without requests, seconds: what counts until both kinds have been seen in service."""
+        """How long steps took without requests, seconds: what counts until both kinds are known in service."""
         self._at_start[rows] = plain, drafted
 
     def timed(self, rows: int, seconds: float, *, drafts: bool) -> None:
-        """How long a step of `rows` decoding sequences took."""
+        """How long a step took in which `rows` sequences decoded, most of them with drafts or none."""
         self._elapsed += seconds
-        before = self._seconds.get((drafts, rows), seconds)
-        self._seconds[drafts, rows] = before + _QUICKLY * (seconds - before)
+        self._left_of_trial -= drafts
+        rows = self._size_of(rows)
+        self._times.setdefault((drafts, rows), collections.deque(maxlen=_TIMES_KEPT)).append(seconds)
+        self._since_plain[rows] = 0 if not drafts and self._known(False, rows) else self._since_plain[rows] + drafts
 
-    def pays(self, rows: int) -> bool:
-        """For `rows` sequences decoding together; yes, as long as nothing is known."""
-        if not self.most:
+    def begins(self, rows: int, without: int) -> bool:
+        """Whether those that come are to draft: it pays, or it is time for a trial.
+
+        Args:
+          rows: sequences that will decode together, those that come included.
+          without: of them, those at work that do not draft; all others are taken to.
+        """
+        self._load = max(self._load, rows)
+        rows = math.ceil(self._load)
+        if not self.most or self._time_for_plain(rows):
             return False
+        gain = self.gain(rows, rows - without)
+        if gain > _BEGIN:
+            return True
         plain, drafted = self._seconds_of(rows)
-        return plain * sum(self.chance**i for i in range(self.most + 1)) > _MARGIN * drafted
+        cost = TRIAL * max(drafted - plain, 0.0)
+        unknown = gain > _TRY and not self._known(True, rows)
+        if not unknown and self._on_trials + cost > _SHARE_OF_TRIALS * self._elapsed:
+            return False
+        self._on_trials += cost
+        self._left_of_trial = TRIAL
+        return True
+
+    def goes_on(self, rows: int, drafting: int) -> bool:
+        """Whether those that draft, of `rows` at work, are to do so in the next step; asked before each."""
+        self._load = max(self._load * _LOAD_KEPT, rows)
+        if self._left_of_trial > 0:
+            return True
+        return self.gain(rows, drafting) > _GO_ON and not self._time_for_plain(rows)
+
+    def gain(self, rows: int, drafting: int) -> float:
+        """How many times as fast `rows` sequences go on where `drafting` of them have drafts; much, where nothing is
+        known."""
+        if not self.most or not drafting:
+            return 0.0
+        plain, drafted = self._seconds_of(rows)
+        more = sum(self.chance**i for i in range(1, self.worth_reading + 1))
+        return plain * (1 + more * drafting / rows) / drafted
 
     def _seconds_of(self, rows: int) -> tuple[float, float]:
         """Of a step without drafts and one with them; as if they cost nothing, as long as nothing is known."""
-        plain, drafted = (self._seconds.get((drafts, rows)) for drafts in (False, True))
-        if plain is None or drafted is None:
-            return self._at_start.get(rows, (1.0, 0.0))
-        return plain, drafted
+        if self._known(False, rows) and self._known(True, rows):
+            plain, drafted = (statistics.median(self._times[drafts, self._size_of(rows)]) for drafts in (False, True))
+            return plain, drafted
+        return self._at_start.get(self._size_of(rows), (1.0, 1e-9))
 
-    def begins_with_drafts(self, rows: int) -> bool:
-        """Whether a sequence that comes to `rows - 1` others is to begin with drafts: they pay, or it is time for a
-        trial, in which all `rows` take the longer steps."""
-        if self.pays(rows):
-            return True
-        plain, drafted = self._seconds_of(rows)
-        cost = FAIR_TRIAL * max(drafted - plain, 0.0)
-        if not self.most or self._on_trials + cost > _SHARE_OF_TRIALS * self._elapsed:
-            return False
-        self._on_trials += cost
-        return True
+    def _known(self, drafts: bool, rows: int) -> bool:
+        """Whether steps of a kind have been seen in service."""
+        return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL
+
+    def _time_for_plain(self, rows: int) -> bool:
+        """Whether steps without drafts are to be seen, which none is while some sequence drafts."""
+        since = self._since_plain[self._size_of(rows)]
+        return since >= (_NEXT_PLAIN if self._known(False, rows) else _FIRST_PLAIN)
 
     @property
     def worth_reading(self) -> int:

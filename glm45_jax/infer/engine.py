@@ -29,7 +29,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.infer.calibrate import checked_cache, sample_for
 from glm45_jax.infer.channel import Lost
 from glm45_jax.infer.constraint import Constraints, Place
-from glm45_jax.infer.drafting import FAIR_TRIAL, Drafting
+from glm45_jax.infer.drafting import Drafting
 from glm45_jax.infer.following import Leading, others_of
 from glm45_jax.infer.generate import Generation, check_prompt, real_vocab_size
 from glm45_jax.infer.grammar import Grammar, Grammars
@@ -86,7 +86,7 @@ class Engine:
         self._mesh = jax.sharding.get_mesh()  # a thread has none of its own
         self._pool = Pages(-(-o.cache_tokens // o.page_size), o.page_size, o.prefix_cache)
         self._scheduler = Scheduler(self._pool, o.slots, o.step_tokens, o.drafts)
-        self._drafting = Drafting(o.drafts)
+        self._drafting = Drafting(o.drafts, o.rows)
         self._width = min(self._pool.count, -(-config.max_position_embeddings // o.page_size))
         self._requests: dict[int, Request] = {}
         self._inbox: collections.deque[Any] = collections.deque()
@@ -166,7 +166,7 @@ class Engine:
         limit = min(int(max_new_tokens), self.room - len(tokens))
         constraint = self._constraints.make(grammar, thought, thought_budget)
         alone = sampling.uses_penalties or constraint is not None
-        sequence = Sequence(len(tokens), tokens, limit, alone=alone)
+        sequence = Sequence(len(tokens), tokens, limit, alone, may_draft=not sampling.uses_penalties)
         ids = frozenset(int(i) for i in np.atleast_1d(np.asarray(stops, np.int64)))
         text = StoppableText(self.tokenizer, texts) if self.tokenizer else None
         request = Request(sequence, sampling, ids, text, self._cancel, constraint, top_logprobs)
@@ -332,7 +332,8 @@ class Engine:
     def _take(self, message: Any) -> None:
         match message:
             case Request():
-                self._begin(message)
+                self._requests[message.sequence.number] = message
+                self._scheduler.add(message.sequence)
             case ("cancel", request):
                 if request.sequence.number in self._requests:
                     self._counts["cancelled"] += 1
@@ -349,26 +350,21 @@ class Engine:
                 self._scheduler.begin_anew()
                 done.set()
 
-    def _begin(self, request: Request) -> None:
-        sequence, scheduler = request.sequence, self._scheduler
-        if not request.sampling.uses_penalties and self._drafting.begins_with_drafts(
-            self.options.rows(len(scheduler.running) + 1)
-        ):
-            sequence.drafting, sequence.salt = True, b"drafts"
-        self._requests[sequence.number] = request
-        scheduler.add(sequence)
-
     def _weigh_drafts(self) -> None:
-        """Ends drafting where it does not pay; for good, since the MTP layer will not have read what comes now."""
+        """Who drafts, where it pays; who ends does so for good: what comes then the MTP layer will not have read."""
         if not self.options.drafts:
             return
-        running = self._scheduler.running
-        pays = self._drafting.pays(self.options.rows(len(running)))
-        self._scheduler.drafts_ahead = pays  # else all tokens are soon known, and a sequence can go on without drafts
-        for sequence in running if not pays else ():
-            if sequence.drafting and sequence.answered > FAIR_TRIAL and not sequence.pending:
+        scheduler, weighed = self._scheduler, self._drafting
+        running = scheduler.running
+        drafting = [sequence for sequence in running if sequence.drafting]
+        if coming := min(len(scheduler.waiting), self.options.slots - len(running)):
+            scheduler.drafts_begin = weighed.begins(len(running) + coming, len(running) - len(drafting))
+        goes_on = weighed.goes_on(len(running), len(drafting))
+        scheduler.drafts_ahead = goes_on  # else all tokens are soon known, and a sequence can go on without drafts
+        for sequence in drafting if not goes_on else ():
+            if not sequence.pending:
                 sequence.drafting, sequence.drafts = False, []
-        self._scheduler.most_drafts = self._drafting.worth_reading
+        scheduler.most_drafts = weighed.worth_reading
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -420,8 +416,9 @@ class Engine:
                 self._hand_out(request, *new, next_drafts, _top(request, top, row * tokens.shape[1], held + 1))
         now, since = time.monotonic(), max(flight.began, self._finished_at)
         self._finished_at = now
-        if all(part.count == 1 for part in flight.parts):
-            self._drafting.timed(self.options.rows(len(flight.parts)), now - since, drafts=drafted is not None)
+        with_drafts, rows = sum(bool(part.drafts) for part in flight.parts), len(flight.parts)
+        if all(part.count == 1 for part in flight.parts) and (drafted is None or 2 * with_drafts >= rows):
+            self._drafting.timed(rows, now - since, drafts=drafted is not None)
 
     def _hand_out(
         self, request: Request, tokens: list[int], logprobs: list[float], drafts: list[int], top: list[Top]
@@ -468,7 +465,8 @@ class Engine:
         request.push(delta)
 
     def _warm_up(self) -> None:
-        empty = Empty(self.options, functools.partial(self._reading, []), functools.partial(self._choice, [], []))
+        reading, choice = functools.partial(self._reading, []), functools.partial(self._choice, [], [])
+        empty = Empty(self.options, reading, choice, self.config.vocab_size)
         self._programs.compile_ahead(empty.steps)
         for reading, most, choice in empty.steps():
             self._programs.read(reading, most)

@@ -36,7 +36,7 @@ class Sequence:
       pending: tokens that have been planned and are not known yet.
       cached: tokens whose keys and values are in pages, or will be by the steps planned so far if no draft holds.
       alone: nothing is planned ahead: how a token is chosen depends on the one before (penalties, grammars).
-      drafting: its tokens are drafted ahead.
+      may_draft, drafting: whether its tokens can be, and are, drafted ahead.
       drafts: what may come after `tokens`, while nothing is pending.
       salt: sequences share pages with those of the same alone: only these hold what the MTP layer reads too.
       found: tokens of the prompt that pages of others held already.
@@ -46,6 +46,7 @@ class Sequence:
     tokens: list[int]
     limit: int
     alone: bool = False
+    may_draft: bool = False
     drafting: bool = False
     drafts: list[int] = dataclasses.field(default_factory=list)
     salt: bytes = b""
@@ -94,13 +95,14 @@ class Scheduler:
 
     Attributes:
       most_drafts: read behind a sequence's tokens.
+      drafts_begin: whether sequences that begin now draft, if they may.
       drafts_ahead: whether steps with drafts are planned before the one before has ended.
       preempted: how often a sequence had to begin anew.
     """
 
     def __init__(self, pages: Pages, slots: int, tokens: int, drafts: int = 0):
         self.pages, self.most_tokens, self.most_drafts, self._drafts = pages, tokens, drafts, drafts
-        self.drafts_ahead = True
+        self.drafts_begin, self.drafts_ahead = drafts > 0, True
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []  # by number: first come, first served
         self.preempted = 0
@@ -188,7 +190,10 @@ class Scheduler:
         """A slot, and the pages of a known beginning; what is left must find room besides one page for each at work."""
         if sequence.pending:  # of a step before it was preempted: first the token has to be known
             return False
-        size = self.pages.page_size
+        size, drafting = self.pages.page_size, sequence.may_draft and self.drafts_begin
+        salt = b"drafts" if drafting else b""
+        if sequence.salt != salt:
+            sequence.salt, sequence.digests = salt, []
         known = sequence.digests[: (len(sequence.tokens) - 1) // size]
         sequence.digests = digests_of(sequence.tokens[:-1], size, known, sequence.salt)
         found = self.pages.find(sequence.digests)
@@ -196,6 +201,7 @@ class Scheduler:
         if self.running and needed + len(self.running) > self.pages.available:
             self.pages.release(found)
             return False
+        sequence.drafting, sequence.drafts = drafting, sequence.drafts if drafting else []
         sequence.pages, sequence.cached, sequence.registered = found, len(found) * size, len(found)
         if len(sequence.tokens) == sequence.prompt_length:
             sequence.found = sequence.cached

@@ -75,7 +75,8 @@ def engine(params) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def drafting(params) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glm45_jax.infer.drafting.Drafting.pays", lambda self, rows: True)
+        patch.setattr("glm45_jax.infer.drafting.Drafting.begins", lambda self, rows, without: True)
+        patch.setattr("glm45_jax.infer.drafting.Drafting.goes_on", lambda self, rows, drafting: True)
         with make_engine(params, drafts=2) as engine:
             yield engine
     assert engine.stats()["pages_in_use"] == 0

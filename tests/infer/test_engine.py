@@ -14,7 +14,7 @@ import pytest
 
 from glm45_jax.errors import UserError
 from glm45_jax.infer import Engine, EngineOptions, generate_detailed
-from glm45_jax.infer.drafting import FAIR_TRIAL, Drafting
+from glm45_jax.infer.drafting import TRIAL, Drafting
 from tests.support import random_params, small_config, small_tokenizer
 
 CONFIG = small_config(num_hidden_layers=2, eos_token_id=(94, 95))
@@ -238,7 +238,8 @@ def mtp_params():
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_drafts_change_no_answer(mtp_params, drafts, monkeypatch):
     """Greedy, drawn, and with penalties and biases (which are not drafted) beside one another."""
-    monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.pays", lambda self, rows: True)
+    monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.begins", lambda self, rows, without: True)
+    monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.goes_on", lambda self, rows, drafting: True)
     asked = prompts(9, seed=7)
     how: dict[str, Any] = {
         "temperature": [0.0, 0.0, 0.8, 1.0, 0.0, 1.2, 0.0, 0.7, 0.0],
@@ -275,9 +276,10 @@ def test_drafts_that_hold_are_accepted():
 def test_drafting_ends_where_it_does_not_pay(mtp_params):
     options = EngineOptions(slots=2, cache_tokens=160, page_size=4, step_tokens=32, drafts=1, warm_up=False)
     with Engine(mtp_params, MTP, options=options) as engine:
-        for rows in (1, 2):
+        for rows in (1, 2) * TRIAL:
             engine._drafting.timed(rows, 1e-9, drafts=False)
             engine._drafting.timed(rows, 1e9, drafts=True)
+        engine._drafting._elapsed = 0.0  # or it would be time for a trial
         engine._drafting.timed = lambda *_, **__: None  # type: ignore[method-assign]
         asked = prompts(3, seed=8)
         for found, one in zip(engine.generate_batch(asked, 12), generate_detailed(mtp_params, MTP, asked, 12)):
@@ -285,20 +287,70 @@ def test_drafting_ends_where_it_does_not_pay(mtp_params):
         assert engine.stats()["drafts_given"] == 0
 
 
+def known(most: int, times: dict[int, tuple[float, float]], chance: float = 0.8) -> Drafting:
+    """One that has seen steps of so many sequences often: without drafts and with them."""
+    drafting = Drafting(most, EngineOptions(slots=16).rows)
+    for rows, (plain, drafted) in times.items():
+        for _ in range(TRIAL):
+            drafting.timed(rows, plain, drafts=False)
+            drafting.timed(rows, drafted, drafts=True)
+    drafting.chance = chance
+    return drafting
+
+
 def test_whether_drafts_pay():
-    drafting = Drafting(2)
-    assert drafting.pays(4)  # not known yet
-    drafting.timed(4, 1.0, drafts=False)
-    drafting.timed(4, 1.5, drafts=True)
-    assert drafting.pays(4)
+    assert Drafting(2).begins(4, 0), "nothing is known"
+    assert not Drafting(0).begins(4, 0)
+    drafting = known(2, {4: (1.0, 1.5)})
+    assert drafting.begins(4, 0) and drafting.goes_on(4, 4)
     for _ in range(200):
         drafting.saw(2, 0)
-    assert drafting.chance < 0.05 and not drafting.pays(4) and drafting.worth_reading == 1
-    assert not any(drafting.begins_with_drafts(4) for _ in range(32))
+    assert drafting.chance < 0.05 and not drafting.goes_on(4, 4) and drafting.worth_reading == 1
+    assert not any(drafting.begins(4, 0) for _ in range(32))
     for _ in range(400):
         drafting.saw(2, 2)
-    assert drafting.pays(4) and drafting.worth_reading == 2
-    assert not Drafting(0).pays(1)
+    assert drafting.goes_on(4, 4) and drafting.begins(4, 0) and drafting.worth_reading == 2
+
+
+def test_the_first_drafts_say_most():
+    drafting = Drafting(2)
+    for _ in range(8):
+        drafting.saw(2, 0)
+    assert drafting.chance < 0.35
+    for _ in range(500):
+        drafting.saw(1, 1)
+    before = drafting.chance
+    drafting.saw(1, 0)
+    assert before - drafting.chance < 0.03
+
+
+def test_few_that_draft_do_not_make_the_step_longer_for_all():
+    """One of four gains a token for a step that is longer for the others too."""
+    drafting = known(2, {4: (1.0, 1.5)}, chance=0.9)
+    assert [drafting.goes_on(4, n) for n in range(5)] == [False, False, True, True, True]
+    assert drafting.begins(4, 1) and not drafting.begins(4, 3)
+
+
+def test_a_step_that_the_machine_was_away_in_does_not_count():
+    drafting = known(2, {1: (1.0, 1.5)})
+    for _ in range(6):
+        drafting.timed(1, 1.5, drafts=True)
+    for _ in range(3):
+        drafting.timed(1, 100.0, drafts=True)
+    assert drafting.goes_on(1, 1)
+
+
+def test_the_first_of_a_wave_knows_that_more_will_come():
+    """Requests come one by one; the first would draft, and hold up all others."""
+    drafting = known(2, {1: (1.0, 1.1), 4: (1.0, 1.2), 16: (1.0, 4.0)})
+    assert drafting.begins(1, 0)
+    drafting.goes_on(16, 0)
+    for running in (12, 8, 4, 2, 1):  # the wave before ends
+        drafting.goes_on(running, 0)
+    assert not drafting.begins(1, 0)
+    for _ in range(200):
+        drafting.goes_on(1, 0)
+    assert drafting.begins(1, 0)
 
 
 def test_trials_of_drafts_that_do_not_pay_take_a_hundredth_of_the_time():
@@ -309,11 +361,13 @@ def test_trials_of_drafts_that_do_not_pay_take_a_hundredth_of_the_time():
     for _ in range(10_000):
         drafting.timed(16, 1.0, drafts=False)
         elapsed += 1.0
-        if drafting.begins_with_drafts(16):
-            lost += FAIR_TRIAL * 3.0
-            elapsed += FAIR_TRIAL * 4.0
-            for _ in range(FAIR_TRIAL):
+        if drafting.begins(16, 0):
+            lost += TRIAL * 3.0
+            elapsed += TRIAL * 4.0
+            for _ in range(TRIAL):
+                assert drafting.goes_on(16, 16)
                 drafting.timed(16, 4.0, drafts=True)
+        assert not drafting.goes_on(16, 16)
     assert 0.005 < lost / elapsed < 0.011
 
 
@@ -321,10 +375,38 @@ def test_what_was_timed_at_the_start_counts_until_both_kinds_are_seen():
     """Without it an engine that always drafts would never know what a step without drafts takes."""
     drafting = Drafting(1)
     drafting.timed_at_start(1, 1.0, 1.2)
-    drafting.timed_at_start(8, 1.0, 1.9)
-    assert drafting.pays(1) and not drafting.pays(8)
+    drafting.timed_at_start(8, 1.0, 1.95)
+    assert drafting.gain(1, 1) > 1 > drafting.gain(8, 8)
     for _ in range(50):
         drafting.timed(8, 1.5, drafts=True)
-    assert not drafting.pays(8), "one of the kinds alone says nothing"
-    drafting.timed(8, 1.4, drafts=False)
-    assert drafting.pays(8)
+    assert drafting.gain(8, 8) < 1, "one of the kinds alone says nothing"
+    for _ in range(TRIAL):
+        assert drafting.gain(8, 8) < 1, "nor do a few steps"
+        drafting.timed(8, 1.4, drafts=False)
+    assert drafting.gain(8, 8) > 1
+
+
+def test_what_steps_without_drafts_take_is_seen_where_all_would_draft():
+    """What was timed at the start may be wrong, and while all draft no other step would show it."""
+    drafting = Drafting(2)
+    drafting.timed_at_start(16, 1.0, 1.1)
+    steps = 0
+    while drafting.goes_on(16, 16):
+        assert drafting.begins(16, 0)
+        drafting.timed(16, 4.0, drafts=True)
+        steps += 1
+    assert TRIAL < steps < 40
+    for _ in range(TRIAL):
+        assert not drafting.begins(16, 0)
+        drafting.timed(16, 1.0, drafts=False)
+    assert not drafting.begins(16, 0) and drafting.gain(16, 16) < 1
+
+
+def test_what_looks_nearly_as_quick_at_the_start_is_tried_in_service():
+    near, far = Drafting(1), Drafting(1)
+    near.timed_at_start(1, 1.0, 1.9)
+    far.timed_at_start(1, 1.0, 3.0)
+    assert near.begins(1, 0) and all(near.goes_on(1, 1) for _ in range(3)) and not far.begins(1, 0)
+    for _ in range(TRIAL):
+        near.timed(1, 1.9, drafts=True)
+    assert not near.goes_on(1, 1) and not near.begins(1, 0)

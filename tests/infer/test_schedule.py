@@ -69,7 +69,7 @@ def serve(
     pool = Pages(pages, size)
     scheduler, device = Scheduler(pool, slots, tokens, DRAFTS), Device(pages, size, slots, pages)
     sequences = [
-        Sequence(len(p), [*p], n, alone=i in alone, drafting=i in drafting, salt=b"d" if i in drafting else b"")
+        Sequence(len(p), [*p], n, alone=i in alone, may_draft=i in drafting)
         for i, (p, n) in enumerate(zip(prompts, limits))
     ]
     flying, steps, unborn = None, 0, sorted(range(len(prompts)), key=lambda i: arrivals[i])
@@ -80,7 +80,7 @@ def serve(
             scheduler.end(sequences[cancel[1]])
         if steps == renew:
             scheduler.begin_anew()
-        scheduler.drafts_ahead = steps % 5 != luck % 5
+        scheduler.drafts_ahead, scheduler.drafts_begin = steps % 5 != luck % 5, steps % 4 != 2
         parts = scheduler.plan()
         assert sum(part.size for part in parts) <= tokens
         chosen = device.run(parts, luck) if parts else []
@@ -165,7 +165,7 @@ def test_drafts_save_steps():
 def test_steps_with_drafts_are_planned_before_the_one_before_has_ended():
     """Else the device waits for the host at every step: more than drafts save. With pages for all of them."""
     scheduler = Scheduler(Pages(20, 2), 1, 64, DRAFTS)
-    sequence = Sequence(3, [1, 2, 3], 9, drafting=True)
+    sequence = Sequence(3, [1, 2, 3], 9, may_draft=True)
     scheduler.add(sequence)
     (prompt,) = scheduler.plan()
     (behind,) = scheduler.plan()
