@@ -70,7 +70,10 @@ def throughput(pair: Any, name: str, rounds: int, llama: Path | None, checkpoint
         continuous = _continuous(model, prompts)
         sides |= {"continuous": continuous} if continuous else {}
         if llama is not None:
-            write_gguf(checkpoint, model_file := Path(stack.enter_context(tempfile.TemporaryDirectory()), "model.gguf"))
+            ours()
+            unused = min(set(range(config.vocab_size)).difference(*answers["ours"]))
+            model_file = Path(stack.enter_context(tempfile.TemporaryDirectory()), "model.gguf")
+            write_gguf(checkpoint, model_file, unused)
             address = stack.enter_context(serving(llama, model_file, REQUESTS, PROMPT + NEW + 8, threads=2))
             ask = completing(address, prompts.tolist(), NEW)
             sides["llama.cpp"] = lambda: answers.update(theirs=ask())

@@ -40,8 +40,12 @@ _OUTSIDE = {
 }  # fmt: skip
 
 
-def write_gguf(checkpoint: Path, target: Path) -> None:
-    """A checkpoint in Hugging Face's format without its MTP layer; tokens are names of their numbers."""
+def write_gguf(checkpoint: Path, target: Path, end: int) -> None:
+    """A checkpoint in Hugging Face's format without its MTP layer.
+
+    Its tokens are their numbers' names. `end`: of the token that ends an answer, which there has to be; give one that
+    no answer has.
+    """
     import gguf
     from safetensors import safe_open
 
@@ -50,6 +54,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
     config = ModelConfig.from_hf(json.loads((checkpoint / "config.json").read_text()))
     writer = gguf.GGUFWriter(str(target), "glm4moe")
     _write_config(writer, config)
+    writer.add_eos_token_id(end)
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "np") as tensors:
             _write_tensors(writer, tensors, config)
