@@ -17,11 +17,12 @@ from collections.abc import Callable
 _SLOWLY = 0.02  # weight of the newest draft in the chance, once many have been seen
 _FIRST_GUESS, _WORTH_OF_GUESS = 0.8, 4  # counts as so many drafts
 _LEAST_CHANCE = 0.3  # that a draft must have to be read
-_TIMES_KEPT = 15  # of each kind of step: their median is not moved by a few during which the machine did other things
-_BEGIN, _GO_ON = 1.05, 1.0  # gains that are asked for: who ends stays without, so to begin asks for more
+_TIMES_KEPT = 31  # of each kind of step: their median is not moved by a few during which the machine did other things
+_COLD = 4  # steps after those of another kind that take longer than when they go on
+_BEGIN, _GO_ON = 1.15, 1.05  # gains that are asked for: prompts take longer with drafts, and who ends stays without
 _TRY = 0.85  # of a gain that is known from the start alone, to see what it is in service
 _LOAD_KEPT = 0.98  # of the load, from step to step
-TRIAL = 8  # steps of a kind that say what it takes
+TRIAL = 12  # steps of a kind, the cold ones among them, that say what it takes
 _FIRST_PLAIN, _NEXT_PLAIN = 4 * TRIAL, 4000  # steps with drafts, then it is time to see steps without
 _SHARE_OF_TRIALS = 0.01  # of the time, where drafts do not pay, goes to see how it is now
 
@@ -44,7 +45,8 @@ class Drafting:
         self._times: dict[tuple[bool, int], collections.deque[float]] = {}
         self._at_start: dict[int, tuple[float, float]] = {}
         self._elapsed = self._on_trials = 0.0
-        self._left_of_trial = 0
+        self._left_of_trial = self._in_a_row = 0
+        self._last: tuple[bool, int] | None = None  # kind of step
         self._since_plain = collections.Counter[int]()  # steps with drafts
 
     def saw(self, given: int, accepted: int) -> None:
@@ -63,7 +65,10 @@ class Drafting:
         self._elapsed += seconds
         self._left_of_trial -= drafts
         rows = self._size_of(rows)
-        self._times.setdefault((drafts, rows), collections.deque(maxlen=_TIMES_KEPT)).append(seconds)
+        self._in_a_row = self._in_a_row + 1 if self._last == (drafts, rows) else 1
+        self._last = drafts, rows
+        if self._in_a_row > _COLD:
+            self._times.setdefault((drafts, rows), collections.deque(maxlen=_TIMES_KEPT)).append(seconds)
         self._since_plain[rows] = 0 if not drafts and self._known(False, rows) else self._since_plain[rows] + drafts
 
     def begins(self, rows: int, without: int) -> bool:
@@ -114,7 +119,7 @@ class Drafting:
 
     def _known(self, drafts: bool, rows: int) -> bool:
         """Whether steps of a kind have been seen in service."""
-        return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL
+        return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL - _COLD
 
     def _time_for_plain(self, rows: int) -> bool:
         """Whether steps without drafts are to be seen, which none is while some sequence drafts."""
