@@ -1,6 +1,6 @@
 """Counts what a layer of MaxText's sends between chips, at GLM-4.5's sizes, out of programs compiled for a v5p-512.
 
-    python3.12 -m venv /tmp/peer && /tmp/peer/bin/pip install uv      # pip alone takes hours to find versions that agree
+    python3.12 -m venv /tmp/peer && /tmp/peer/bin/pip install uv  # pip alone takes hours to find versions
     /tmp/peer/bin/uv pip install --python /tmp/peer/bin/python 'maxtext[tpu]==0.2.5'
     python scripts/prove_peer_collectives.py --python /tmp/peer/bin/python --json docs/proofs/maxtext_collectives.json
 
