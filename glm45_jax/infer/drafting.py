@@ -97,9 +97,7 @@ class Drafting:
     def goes_on(self, rows: int, drafting: int) -> bool:
         """Whether those that draft, of `rows` at work, are to do so in the next step; asked before each."""
         self._load = max(self._load * _LOAD_KEPT, rows)
-        if self._left_of_trial > 0:
-            return True
-        return self.gain(rows, drafting) > _GO_ON and not self._time_for_plain(rows)
+        return self._left_of_trial > 0 or self.gain(rows, drafting) > _GO_ON
 
     def gain(self, rows: int, drafting: int) -> float:
         """How many times as fast `rows` sequences go on where `drafting` of them have drafts; much, where nothing is
@@ -122,7 +120,8 @@ class Drafting:
         return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL - _COLD
 
     def _time_for_plain(self, rows: int) -> bool:
-        """Whether steps without drafts are to be seen, which none is while some sequence drafts."""
+        """Whether those that come are to show what steps without drafts take. Those at work go on, however long: they
+        could not begin again."""
         since = self._since_plain[self._size_of(rows)]
         return since >= (_NEXT_PLAIN if self._known(False, rows) else _FIRST_PLAIN)
 
