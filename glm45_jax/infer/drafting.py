@@ -19,7 +19,7 @@ _FIRST_GUESS, _WORTH_OF_GUESS = 0.8, 4  # counts as so many drafts
 _LEAST_CHANCE = 0.3  # that a draft must have to be read
 _TIMES_KEPT = 31  # of each kind of step: their median is not moved by a few during which the machine did other things
 _COLD = 4  # steps after those of another kind that take longer than when they go on
-_BEGIN, _GO_ON = 1.15, 1.05  # gains that are asked for: prompts take longer with drafts, and who ends stays without
+_BEGIN, _GO_ON = 1.15, 1.05  # gains that are asked for: prompts take longer with drafts, and to begin again costs too
 _TRY = 0.85  # of a gain that is known from the start alone, to see what it is in service
 _LOAD_KEPT = 0.98  # of the load, from step to step
 TRIAL = 12  # steps of a kind, the cold ones among them, that say what it takes
@@ -72,14 +72,16 @@ class Drafting:
         self._since_plain[rows] = 0 if not drafts and self._known(False, rows) else self._since_plain[rows] + drafts
 
     def begins(self, rows: int, without: int) -> bool:
-        """Whether those that come are to draft: it pays, or it is time for a trial.
+        """Whether those that come, or could draft again, are to draft: it pays, or it is time for a trial.
 
         Args:
           rows: sequences that will decode together, those that come included.
-          without: of them, those at work that do not draft; all others are taken to.
+          without: of them, those at work that can't draft; all others are taken to.
         """
         self._load = max(self._load, rows)
         rows = math.ceil(self._load)
+        if self._left_of_trial > 0:
+            return True
         if not self.most or self._time_for_plain(rows):
             return False
         gain = self.gain(rows, rows - without)
@@ -97,7 +99,9 @@ class Drafting:
     def goes_on(self, rows: int, drafting: int) -> bool:
         """Whether those that draft, of `rows` at work, are to do so in the next step; asked before each."""
         self._load = max(self._load * _LOAD_KEPT, rows)
-        return self._left_of_trial > 0 or self.gain(rows, drafting) > _GO_ON
+        if self._left_of_trial > 0:
+            return True
+        return self.gain(rows, drafting) > _GO_ON and not self._time_for_plain(rows)
 
     def gain(self, rows: int, drafting: int) -> float:
         """How many times as fast `rows` sequences go on where `drafting` of them have drafts; much, where nothing is
@@ -120,8 +124,7 @@ class Drafting:
         return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL - _COLD
 
     def _time_for_plain(self, rows: int) -> bool:
-        """Whether those that come are to show what steps without drafts take. Those at work go on, however long: they
-        could not begin again."""
+        """Whether steps without drafts are to be seen, which none is while some sequence drafts."""
         since = self._since_plain[self._size_of(rows)]
         return since >= (_NEXT_PLAIN if self._known(False, rows) else _FIRST_PLAIN)
 

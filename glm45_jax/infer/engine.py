@@ -351,19 +351,20 @@ class Engine:
                 done.set()
 
     def _weigh_drafts(self) -> None:
-        """Who drafts, where it pays; who ends does so for good: what comes then the MTP layer will not have read."""
+        """Who drafts, where it pays."""
         if not self.options.drafts:
             return
         scheduler, weighed = self._scheduler, self._drafting
         running = scheduler.running
         drafting = [sequence for sequence in running if sequence.drafting]
-        if coming := min(len(scheduler.waiting), self.options.slots - len(running)):
-            scheduler.drafts_begin = weighed.begins(len(running) + coming, len(running) - len(drafting))
+        coming, again = min(len(scheduler.waiting), self.options.slots - len(running)), len(scheduler.could_draft_again)
+        if coming or again:
+            scheduler.drafts_begin = weighed.begins(len(running) + coming, len(running) - len(drafting) - again)
         goes_on = weighed.goes_on(len(running), len(drafting))
         scheduler.drafts_ahead = goes_on  # else all tokens are soon known, and a sequence can go on without drafts
         for sequence in drafting if not goes_on else ():
             if not sequence.pending:
-                sequence.drafting, sequence.drafts = False, []
+                scheduler.end_drafting(sequence)
         scheduler.most_drafts = weighed.worth_reading
 
     # --- one step --------------------------------------------------------------------------------------------------

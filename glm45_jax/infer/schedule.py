@@ -39,6 +39,7 @@ class Sequence:
       may_draft, drafting: whether its tokens can be, and are, drafted ahead.
       drafts: what may come after `tokens`, while nothing is pending.
       salt: sequences share pages with those of the same alone: only these hold what the MTP layer reads too.
+      drafted: tokens that the MTP layer has read too, of one that has ended drafting.
       found: tokens of the prompt that pages of others held already.
     """
 
@@ -50,6 +51,7 @@ class Sequence:
     drafting: bool = False
     drafts: list[int] = dataclasses.field(default_factory=list)
     salt: bytes = b""
+    drafted: int = 0
     pending: int = 0
     cached: int = 0
     found: int = 0
@@ -95,10 +97,13 @@ class Scheduler:
 
     Attributes:
       most_drafts: read behind a sequence's tokens.
-      drafts_begin: whether sequences that begin now draft, if they may.
+      drafts_begin: whether sequences that begin now draft, if they may, and those that have ended it begin again.
       drafts_ahead: whether steps with drafts are planned before the one before has ended.
+      pause: tokens of a sequence without drafts, at least, before it drafts again.
       preempted: how often a sequence had to begin anew.
     """
+
+    pause = 48
 
     def __init__(self, pages: Pages, slots: int, tokens: int, drafts: int = 0):
         self.pages, self.most_tokens, self.most_drafts, self._drafts = pages, tokens, drafts, drafts
@@ -116,8 +121,9 @@ class Scheduler:
         """The parts of the next step; none where nothing can go on now."""
         parts: list[Part] = []
         room, crowded = self.most_tokens, False
+        must_wait = self._draft_again() if self.drafts_begin else []
         for sequence in sorted(self.running, key=lambda s: s.unread > 1):  # those that decode first
-            if sequence.slot == _NOWHERE or room == 0 or not self._goes_on(sequence):
+            if sequence.slot == _NOWHERE or room == 0 or sequence in must_wait or not self._goes_on(sequence):
                 continue
             part = self._next(sequence, room)
             if self._make_room(sequence, part.size + self._uncertain(sequence), parts):
@@ -134,6 +140,16 @@ class Scheduler:
             parts.append(self._planned(part))
             room -= part.size
         return parts
+
+    def end_drafting(self, sequence: Sequence) -> None:
+        """Goes on without; nothing of it may be pending."""
+        sequence.drafting, sequence.drafts, sequence.drafted = False, [], sequence.cached
+
+    @property
+    def could_draft_again(self) -> list[Sequence]:
+        """Sequences that have ended drafting, where what the MTP layer has missed is worth reading once more."""
+        ended = (s for s in self.running if s.salt and not s.drafting)
+        return [s for s in ended if self.pause <= s.cached - s.drafted <= min(self.most_tokens, s.limit - s.answered)]
 
     def put(self, sequence: Sequence, tokens: Iterable[int], drafts: Iterable[int] = ()) -> None:
         """What a step has chosen is known now: drafts that held, and the token after them; and the next drafts."""
@@ -166,6 +182,14 @@ class Scheduler:
             return False
         waits = sequence.alone or (sequence.drafting and not self.drafts_ahead)
         return sequence.pending == 0 or (sequence.pending == 1 and not waits)
+
+    def _draft_again(self) -> list[Sequence]:
+        """Those that could; what they are to read again must be known. Returns those that have to wait for that."""
+        could = self.could_draft_again
+        for sequence in could:
+            if not sequence.pending:
+                sequence.drafting, sequence.cached = True, sequence.drafted
+        return [sequence for sequence in could if not sequence.drafting]
 
     def _uncertain(self, sequence: Sequence) -> int:
         """Tokens that a planned step may give besides the one that is sure."""

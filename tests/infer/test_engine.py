@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import threading
@@ -260,6 +261,41 @@ def test_drafts_change_no_answer(mtp_params, drafts, monkeypatch):
 
 
 @pytest.mark.slow
+def test_drafting_that_ends_and_begins_again_drafts_the_same(mtp_params, monkeypatch):
+    """Then the MTP layer has read what it had missed; else its drafts would be worse, and no answer would show it."""
+    asked = prompts(3, seed=9)
+    monkeypatch.setattr("glm45_jax.infer.schedule.Scheduler.pause", 3)
+
+    def drafted(goes_on) -> tuple[list[list[int]], dict[tuple[int, int], list[int]]]:
+        options = EngineOptions(
+            slots=3, cache_tokens=240, page_size=4, step_tokens=32, drafts=2, cache_dtype="float32", warm_up=False
+        )
+        monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.begins", lambda self, rows, without: goes_on())
+        monkeypatch.setattr("glm45_jax.infer.drafting.Drafting.goes_on", lambda self, rows, drafting: goes_on())
+        found: dict[tuple[int, int], list[int]] = {}
+        with Engine(mtp_params, MTP, options=options) as engine:
+            put, first = engine._scheduler.put, None
+
+            def seen(sequence, tokens, drafts=()):
+                nonlocal first
+                first = sequence.number if first is None else first
+                put(sequence, tokens, drafts)
+                if sequence.drafting:
+                    found[sequence.number - first, len(sequence.tokens)] = [*drafts]
+
+            engine._scheduler.put = seen  # type: ignore[method-assign]
+            return [one.answer for one in engine.generate_batch(asked, 40, stop_ids=[])], found
+
+    steps = itertools.count()
+    answers, always = drafted(lambda: True)
+    others, at_times = drafted(lambda: next(steps) // 16 % 2 == 0)
+    assert others == answers
+    both = always.keys() & at_times.keys()
+    assert len(both) > 20 and len(at_times) < len(always)
+    assert all(always[place] == at_times[place] for place in both)
+
+
+@pytest.mark.slow
 def test_drafts_that_hold_are_accepted():
     """A model that says one token whatever it reads: all drafts of it hold."""
     params = random_params(MTP)
@@ -400,11 +436,11 @@ def test_what_steps_without_drafts_take_is_seen_where_all_would_draft():
     drafting = Drafting(2)
     drafting.timed_at_start(16, 1.0, 1.1)
     steps = 0
-    while drafting.begins(16, 0):
+    while drafting.goes_on(16, 16):
+        assert drafting.begins(16, 0)
         drafting.timed(16, 4.0, drafts=True)
         steps += 1
     assert TRIAL < steps < 60
-    assert drafting.goes_on(16, 16), "who ended could not begin again: a long answer would be the slower for it"
     for _ in range(TRIAL):
         assert not drafting.begins(16, 0)
         drafting.timed(16, 1.0, drafts=False)

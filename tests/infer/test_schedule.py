@@ -35,6 +35,7 @@ class Device:
 
     def __init__(self, pages: int, size: int, slots: int, width: int):
         self.memory = np.full((pages + 1, size), -9)  # one to spare
+        self.of_mtp = self.memory.copy()
         self.left, self.accepted = np.full((slots + 1, 1 + DRAFTS), -9), np.zeros(slots + 1, int)
         self.size, self.slots, self.width = size, slots, width
 
@@ -44,13 +45,18 @@ class Device:
         tokens = np.where(a["from_slot"] >= 0, self.left.reshape(-1)[a["from_slot"]], a["tokens"])
         lengths = a["lengths"] + np.where(a["ahead"], self.accepted[a["to_slot"]], 0)
         rows = [(a["starts"][r], a["starts"][r + 1], lengths[r], a["page_table"][r]) for r in range(a["num_rows"])]
-        for start, end, length, table in rows:  # all is written before anything is read
+        for row, (start, end, length, table) in enumerate(rows):  # all is written before anything is read
             for i, place in enumerate(range(length - (end - start), length)):
                 self.memory[table[place // self.size], place % self.size] = tokens[start + i]
+                if parts[row].sequence.drafting:
+                    self.of_mtp[table[place // self.size], place % self.size] = tokens[start + i]
         chosen = []
         for row, (_, _, length, table) in enumerate(rows):
             read = [int(self.memory[table[p // self.size], p % self.size]) for p in range(length)]
             known = length - int(a["drafts"][row])
+            if parts[row].sequence.drafting:
+                drafted_by = [int(self.of_mtp[table[p // self.size], p % self.size]) for p in range(length)]
+                assert drafted_by == read, "the MTP layer drafts from what it has not read"
             new = [after(read[:known])]
             for place in range(known, length):
                 if read[place] != new[-1]:
@@ -80,6 +86,7 @@ def serve(
             scheduler.end(sequences[cancel[1]])
         if steps == renew:
             scheduler.begin_anew()
+        scheduler.pause = 1 + luck % 3
         scheduler.drafts_ahead, scheduler.drafts_begin = steps % 5 != luck % 5, steps % 4 != 2
         parts = scheduler.plan()
         assert sum(part.size for part in parts) <= tokens
@@ -93,7 +100,7 @@ def serve(
                 if new[-1] == 0 or len(sequence.tokens) - sequence.prompt_length == sequence.limit:
                     scheduler.end(sequence)
                 elif sequence.drafting and not sequence.pending and len(sequence.tokens) % 7 == luck % 7:
-                    sequence.drafting, sequence.drafts = False, []
+                    scheduler.end_drafting(sequence)
         flying = (parts, chosen) if parts else None
         steps += 1
         assert steps < 5000, "a deadlock"
@@ -120,7 +127,7 @@ def test_all_answers_are_those_of_the_model(data):
         draw(st.sampled_from(bases))[: draw(whole(1, 14))] + draw(st.lists(whole(0, 4), max_size=3))
         for _ in range(count)
     ]
-    limits = [draw(whole(1, 9)) for _ in range(count)]
+    limits = [draw(whole(1, 20)) for _ in range(count)]
     most = max(-(-(len(p) + n) // size) for p, n in zip(prompts, limits))
     cancel = (draw(whole(0, 9)), draw(whole(0, count - 1))) if draw(st.booleans()) else None
     sequences, _, _ = serve(
@@ -179,6 +186,29 @@ def test_steps_with_drafts_are_planned_before_the_one_before_has_ended():
     scheduler.put(sequence, [5, 6, 8], [1, 1, 1])
     (known,) = scheduler.plan()
     assert (known.first, known.drafts, known.ahead) == (6, (1, 1, 1), False)
+
+
+def test_a_sequence_that_has_ended_drafting_begins_again():
+    """The MTP layer then reads what it has missed: not less, or its drafts are wrong, and not the whole sequence."""
+    scheduler = Scheduler(Pages(20, 2), 1, 64, DRAFTS)
+    scheduler.pause = 2
+    sequence = Sequence(3, [1, 2, 3], 20, may_draft=True)
+    scheduler.add(sequence)
+    (prompt,) = scheduler.plan()
+    assert prompt.sequence.drafting
+    scheduler.put(sequence, [4], [5, 6, 7])
+    scheduler.end_drafting(sequence)
+    scheduler.drafts_begin = False
+    for token in (6, 7):
+        (part,) = scheduler.plan()
+        assert not part.drafts and part.count == 1
+        scheduler.put(sequence, [token])
+    scheduler.plan()
+    scheduler.drafts_begin = True
+    assert not scheduler.plan() and not sequence.drafting, "its last token is to be known"
+    scheduler.put(sequence, [8])
+    (again,) = scheduler.plan()
+    assert sequence.drafting and (again.first, again.count, again.chooses) == (3, 4, True)
 
 
 def test_what_was_unused_longest_is_forgotten_first_and_ends_before_beginnings():
