@@ -94,6 +94,7 @@ class Drafting:
             return False
         self._on_trials += cost
         self._left_of_trial = TRIAL
+        self._times.pop((True, self._size_of(rows)), None)  # what they took before would outweigh the trial
         return True
 
     def goes_on(self, rows: int, drafting: int) -> bool:
