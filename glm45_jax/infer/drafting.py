@@ -17,12 +17,12 @@ from collections.abc import Callable
 _SLOWLY = 0.02  # weight of the newest draft in the chance, once many have been seen
 _FIRST_GUESS, _WORTH_OF_GUESS = 0.8, 4  # counts as so many drafts
 _LEAST_CHANCE = 0.3  # that a draft must have to be read
-_TIMES_KEPT = 31  # of each kind of step: their median is not moved by a few during which the machine did other things
 _COLD = 4  # steps after those of another kind that take longer than when they go on
 _BEGIN, _GO_ON = 1.15, 1.05  # gains that are asked for: prompts take longer with drafts, and to begin again costs too
 _TRY = 0.85  # of a gain that is known from the start alone, to see what it is in service
 _LOAD_KEPT = 0.98  # of the load, from step to step
 TRIAL = 12  # steps of a kind, the cold ones among them, that say what it takes
+_TIMES_KEPT = 2 * (TRIAL - _COLD) - 1  # of each kind: a median, which one trial moves and a few slow steps do not
 _FIRST_PLAIN, _NEXT_PLAIN = 4 * TRIAL, 4000  # steps with drafts, then it is time to see steps without
 _SHARE_OF_TRIALS = 0.01  # of the time, where drafts do not pay, goes to see how it is now
 
@@ -94,7 +94,6 @@ class Drafting:
             return False
         self._on_trials += cost
         self._left_of_trial = TRIAL
-        self._times.pop((True, self._size_of(rows)), None)  # what they took before would outweigh the trial
         return True
 
     def goes_on(self, rows: int, drafting: int) -> bool:
