@@ -61,8 +61,19 @@ def named_chip(name: str) -> Chip:
 
 def chip_in_force() -> Chip | None:
     """The chip of the mesh in force; None without a mesh, or for a chip that is not among `CHIPS`."""
+    kind = _kind_in_force()
+    return chip_of_kind(kind) if kind is not None else None
+
+
+def platform_in_force() -> str | None:
+    """ "tpu", "gpu" or "cpu", of the mesh in force; None without a mesh, or for a chip that is not among `CHIPS`."""
+    chip = chip_in_force()
+    return chip.platform if chip is not None else "cpu" if _kind_in_force() == "cpu" else None
+
+
+def _kind_in_force() -> str | None:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return chip_of_kind(device.device_kind) if device is not None else None
+    return device.device_kind if device is not None else None
 
 
 def chip_of_kind(device_kind: str) -> Chip | None:

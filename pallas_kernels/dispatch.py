@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.chip import chip_in_force
+from pallas_kernels.chip import platform_in_force
 
 Implementation = str | Sequence[str] | None
 
@@ -21,7 +21,8 @@ def dispatch(
     """Calls one of `implementations` on the arrays `args`.
 
     Left to choose, a program lowered for a TPU takes "tpu", one for a CPU "native" or else "cpu". One for CUDA takes
-    `default`, and "gpu", made for Hopper, only where the mesh in force says that the device is one.
+    `default`, and "gpu", made for Hopper, only where the mesh in force says that the device is one. Where it
+    says what its devices are, other platforms' implementations are not traced.
 
     Args:
       implementations: by name; "reference" must be among them, "tpu", "gpu", "cpu" serve the platform they name,
@@ -41,11 +42,10 @@ def dispatch(
 
 def _platforms(implementations: Mapping[str, Any]) -> dict[str, list[str]]:
     """Which implementations serve a lowering platform that has any of its own, in order of preference."""
-    chip = chip_in_force()
-    names = {"tpu": ("tpu",), "cpu": ("native", "cpu"), "cuda": ("gpu",)}
-    if chip is None or chip.platform != "gpu":
-        del names["cuda"]
-    own = {platform: [name for name in of if name in implementations] for platform, of in names.items()}
+    names = {"tpu": ("tpu",), "cpu": ("native", "cpu"), "gpu": ("gpu",)}
+    here = [platform] if (platform := platform_in_force()) is not None else ["tpu", "cpu"]
+    lowered = {"gpu": "cuda"}
+    own = {lowered.get(p, p): [name for name in names[p] if name in implementations] for p in here}
     return {platform: of for platform, of in own.items() if of}
 
 

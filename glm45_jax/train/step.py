@@ -116,20 +116,22 @@ def _gradients_here(params: Params, rows: Rows, totals: Totals, config: TrainCon
     weights = config.mtp_loss_weight, config.balance_loss_weight
     everyones = local.spread(params, local.live())  # so that each device's gradients are its own until all are summed
 
-    def micro(part: Rows) -> tuple[Params, Metrics]:
+    @functools.partial(jax.jit, inline=True)  # so that it is traced once, though its shapes are asked for first
+    def micro(everyones: Params, part: Rows, totals: Totals) -> tuple[Params, Metrics]:
         grad = jax.value_and_grad(partial_loss, has_aux=True)
         (loss, metrics), gradient = grad(everyones, config.model, part, totals, *weights)
         return gradient, {"loss": loss, **metrics}
 
     if config.accumulation == 1:
-        gradient, metrics = micro(rows)
+        gradient, metrics = micro(everyones, rows, totals)
     else:
         split = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), rows)
 
         def add(sums: Any, part: Rows) -> tuple[Any, None]:
-            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, micro(part)), None
+            new = micro(everyones, part, totals)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new), None
 
-        shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], split))
+        shapes = jax.eval_shape(micro, everyones, jax.tree.map(lambda x: x[0], split), totals)
         none = local.spread(jax.tree.map(_zeros, shapes), local.live())
         (gradient, metrics), _ = jax.lax.scan(add, none, split)
     copies = lambda x: tuple(name for name in local.live() if name not in local.varying(x))  # noqa: E731

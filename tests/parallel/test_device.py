@@ -42,6 +42,28 @@ def test_several_devices_are_left_to_the_caller() -> None:
 @pytest.mark.slow
 def test_generation_makes_its_programs_for_the_device() -> None:
     config, seen = small_config(vocab_size=40), []
-    with mock.patch.object(dispatch, "chip_in_force", lambda: seen.append(_in_force().size)):
+    with mock.patch.object(dispatch, "platform_in_force", lambda: seen.append(_in_force().size)):
         generate(random_params(config), config, [[1, 2, 3]], max_new_tokens=2)
     assert seen and set(seen) == {1}
+
+
+def test_only_implementations_of_the_device_in_force_are_traced() -> None:
+    """A program for a TPU has to have the TPU's; one for a device that is known need not be traced for others."""
+    traced: list[str] = []
+
+    def implementation(name: str):
+        return lambda x: (traced.append(name), x)[1]
+
+    def seen(*names: str) -> set[str]:
+        traced.clear()
+        jax.jit(lambda x: dispatch.dispatch({name: implementation(name) for name in names}, None, x))(jnp.zeros(2))
+        return set(traced)
+
+    every = ("reference", "tpu", "gpu", "native", "cpu")
+    assert seen(*every) == {"native", "reference", "tpu"}
+    with device_in_force(jnp.zeros(2)):
+        assert seen(*every) == {"native", "reference"}
+        assert seen("reference", "tpu") == {"reference"}
+    for platform in ("tpu", "gpu"):
+        with mock.patch.object(dispatch, "platform_in_force", lambda platform=platform: platform):
+            assert seen(*every) == {platform, "reference"}
