@@ -98,7 +98,10 @@ def bench(options: Options, config: Any, params: Any, slots: int) -> dict[str, A
 
 
 def bare_step(engine: Any, slots: int, length: int, repeats: int = 20) -> float:
-    """Seconds of a decoding step of all slots over sequences of `length` tokens, nothing around it."""
+    """Seconds of a decoding step of all slots over sequences of `length` tokens, nothing around it.
+
+    Tokens are drawn: equal ones would go to the same few experts, and the weights of the others would not be read.
+    """
     import jax
     import numpy as np
 
@@ -108,8 +111,9 @@ def bare_step(engine: Any, slots: int, length: int, repeats: int = 20) -> float:
     reading = engine._reading([], rows, tokens)
     pages = np.arange(reading.page_table.size, dtype=np.int32).reshape(reading.page_table.shape) % engine._pool.count
     live = np.arange(rows + 1, dtype=np.int32)
+    drawn = np.random.default_rng(1).integers(0, engine.config.vocab_size, tokens, np.int32)
     reading = reading._replace(
-        starts=live, lengths=np.full(rows, length, np.int32), page_table=pages, num_rows=np.int32(rows)
+        tokens=drawn, starts=live, lengths=np.full(rows, length, np.int32), page_table=pages, num_rows=np.int32(rows)
     )
     outcome, times = None, []
     for _ in range(3):
