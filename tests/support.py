@@ -152,6 +152,7 @@ def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
 
 # --- compiling -------------------------------------------------------------------------------------------------------
 
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # for other processes
 _QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

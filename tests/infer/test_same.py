@@ -6,9 +6,11 @@ import numpy as np
 import prove_same
 import pytest
 
+from tests.support import QUICK_FLAGS
+
 REQUESTS = 14
 WAYS = {run.name: run for run in prove_same.runs(1, 106)}
-SHORT = ("random arrival 0", "chunks of 5 tokens", "3 drafts, little cache")
+SHORT = ("random arrival 0", "3 drafts, little cache")
 MESH = "8 devices: expert 4, tensor 2"
 
 
@@ -26,8 +28,7 @@ def test_the_same_tokens(reference, monkeypatch, name):
     config, params, tokenizer, asks, want = reference
     run = WAYS[name]
     if run.mesh:
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        monkeypatch.setenv("XLA_FLAGS", quick)
+        monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)
         found = prove_same.serve_on_mesh(run, prove_same.Options(requests=REQUESTS, seeds=1))
     else:
         found = prove_same.serve(run, params, config, tokenizer, asks)

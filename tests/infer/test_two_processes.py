@@ -22,7 +22,7 @@ import glm45_jax as glm
 from glm45_jax.cli.serve import serving_mesh
 from glm45_jax.errors import UserError
 from glm45_jax.infer.channel import Channel, Connections, Lost, accept, connect, listen, new_token, packed
-from tests.support import ROOT, small_config, small_tokenizer, write_checkpoint
+from tests.support import QUICK_FLAGS, ROOT, small_config, small_tokenizer, write_checkpoint
 
 ENDS_WITHIN = 60  # seconds after one has died
 
@@ -101,10 +101,9 @@ class Processes:
     """The same command in several processes, each with `devices` CPU devices."""
 
     def __init__(self, folder: Path, command: list[str], count: int, devices: int):
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         env = {
             **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
-            "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{QUICK_FLAGS} --xla_force_host_platform_device_count={devices}",
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         if count > 1:
@@ -142,16 +141,13 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("axes", "cache"), [("tensor=2", "float32"), ("expert=2,tensor=2", "int8")])
-def test_two_answer_as_one(tmp_path, axes, cache):
+def test_two_answer_as_one(tmp_path):
     """With drafts, penalties, grammars and other weights on the way, over two processes and over one."""
     found = []
-    devices = 2 if axes == "tensor=2" else 4
     for count in (1, 2):
         file = tmp_path / f"{count}.json"
-        run = Processes(
-            tmp_path / str(count), ["tests.infer.two_processes", axes, cache, str(file)], count, devices // count
-        )  # fmt: skip
+        command = ["tests.infer.two_processes", "expert=2,tensor=2", "int8", str(file)]
+        run = Processes(tmp_path / str(count), command, count, devices=4 // count)
         assert not any(run.codes(400)), [run.said(i)[-3000:] for i in range(count)]
         found.append(json.loads(file.read_text()))
     assert found[0]["answers"] == found[1]["answers"] and len(found[0]["answers"]) == 18

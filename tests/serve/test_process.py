@@ -20,7 +20,7 @@ import pydantic
 import pytest
 
 from tests.serve.support import CHAT, HELLO, WEATHER, connect, free_port
-from tests.support import ROOT, small_config, write_checkpoint
+from tests.support import QUICK_FLAGS, ROOT, small_config, write_checkpoint
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.slow
@@ -38,10 +38,9 @@ class Server:
             sys.executable, "-m", "glm45_jax", "serve", str(checkpoint), "--port", str(self.port), "--no-warm-up",
             "--slots", "4", "--cache-tokens", "4096", "--step-tokens", "32", "--name", "small",
         ]  # fmt: skip
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         env = {
             **os.environ, "GLM45_API_KEY": KEY, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}",
         }  # fmt: skip
         with log.open("w") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)

@@ -18,6 +18,7 @@ from glm45_jax.parallel import make_mesh
 from glm45_jax.train import muon
 from glm45_jax.train.muon import plan_jobs, scale_by_muon
 from glm45_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tests.support import quick_jit
 
 ALL = ("fsdp", "expert")
 # one tree: expert stacks, attention of two kinds with transposed shapes, a router, a head, a lone projection
@@ -56,7 +57,7 @@ def devices_of(sizes):
 def alone(**options):
     """Two updates on one device."""
     rule, wanted = scale_by_muon(**options), []
-    update, state = jax.jit(rule.update), rule.init(tree(0))
+    update, state = quick_jit(rule.update), rule.init(tree(0))
     for step in range(2):
         got, state = update(tree(step + 1), state, scale=0.5)
         wanted.append(jax.tree.map(np.asarray, got))
@@ -72,7 +73,7 @@ def agrees(sizes, explicit=False, **options):
     on_mesh = lambda mesh: {name: NamedSharding(mesh, spec) for name, spec in specs.items()}  # noqa: E731
     many, wanted, worst = scale_by_muon(**options, shardings=on_mesh), alone(**options), dict.fromkeys(SHAPES, 0.0)
     with jax.set_mesh(mesh):
-        update, state = jax.jit(many.update), many.init(tree(0))
+        update, state = quick_jit(many.update), many.init(tree(0))
         state = state._replace(momentum=jax.device_put(state.momentum, shardings))
         for step, want in enumerate(wanted):
             got, state = update(jax.device_put(tree(step + 1), shardings), state, scale=0.5)
@@ -89,11 +90,11 @@ def whole_optimizer():
     params = init_params(config, jax.random.key(0))
     gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
     optimizer = make_optimizer(config, OptimizerConfig(learning_rate=0.01, ns_dtype="float32"), 10)
-    want, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    want, _ = quick_jit(optimizer.update)(gradient, optimizer.init(params), params)
     with jax.set_mesh(mesh):
         params, gradient = jax.device_put((params, gradient), (param_shardings(config, mesh),) * 2)
-        step = jax.jit(optimizer.update)
-        got, _ = step(gradient, jax.jit(optimizer.init)(params), params)
+        step = quick_jit(optimizer.update)
+        got, _ = step(gradient, quick_jit(optimizer.init)(params), params)
         text = step.lower(gradient, jax.eval_shape(optimizer.init, params), params).as_text()
     worst = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got, want)
     return {"worst": max(jax.tree.leaves(worst)), "exchanges": text.count("all_to_all")}

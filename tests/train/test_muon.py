@@ -19,9 +19,10 @@ from glm45_jax.model import abstract_params
 from glm45_jax.train.muon import plan_jobs, scale_by_muon
 from glm45_jax.train.optimizer import OptimizerConfig, make_optimizer
 from pallas_kernels.analysis.compile import described_mesh, missing_compiler
+from tests.support import QUICK_FLAGS
 from tests.train.muon_on_a_mesh import MESHES, SHAPES, specs_on
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 
 
 @pytest.fixture(scope="module")
