@@ -167,35 +167,39 @@ def _continuous(model: Any, prompts: np.ndarray) -> Callable[[], None] | None:
     return call
 
 
-def speculation(params: Any, config: Any, tokenizer: Any, prompts: list[list[int]], rounds: int) -> list[dict]:
+def speculation(
+    params: Any, config: Any, tokenizer: Any, prompts: list[list[int]], rounds: int, loads: list[int]
+) -> list[dict]:
     """Engines with one and two drafts against one without, at several loads: their times, and what was accepted.
 
     Four waves, each when the one before has ended; and the same requests all at once, where each that ends makes room
-    for the next.
+    for the next. A second engine without drafts says what such ratios are worth: its own should be one.
     """
     from glm45_jax.infer import Engine, EngineOptions
 
     rows = []
-    for together in (1, 4, 16):
+    for together in loads:
         some, engines = (prompts * together)[: max(4, together)], {}
-        for drafts in (0, 1, 2):
+        for name, drafts in (("none", 0), ("none again", 0), ("1 drafts", 1), ("2 drafts", 2)):
             options = EngineOptions(
                 slots=together, cache_tokens=together * 1024, step_tokens=max(256, together * 3), drafts=drafts
             )
-            engines[drafts] = Engine(params, config, tokenizer=tokenizer, options=options)
+            engines[name] = Engine(params, config, tokenizer=tokenizer, options=options)
         for how, batches in {"in waves": [some] * WAVES, "refilled": [some * WAVES]}.items():
             call = lambda engine, batches: [engine.generate_batch(batch, NEW) for batch in batches]  # noqa: E731
-            times = alternate(rounds, {d: functools.partial(call, engine, batches) for d, engine in engines.items()})
-            for drafts in (1, 2):
-                stats = engines[drafts].stats()
-                ratios = [a / b for a, b in zip(times[0], times[drafts])]
+            times = alternate(rounds, {n: functools.partial(call, engine, batches) for n, engine in engines.items()})
+            for name in ("none again", "1 drafts", "2 drafts"):
+                stats = engines[name].stats()
+                ratios = [a / b for a, b in zip(times["none"], times[name])]
                 row = {
-                    "task": f"speculation, {together} at once {how}, {drafts} drafts",
+                    "task": f"speculation, {together} at once {how}, {name}",
                     "speed_up": statistics.median(ratios), "of_rounds": [min(ratios), max(ratios)],
+                    "of_all_rounds": sum(times["none"]) / sum(times[name]), "rounds": rounds,
                     "acceptance": stats["drafts_accepted"] / max(1, stats["drafts_given"]),
                     "given": stats["drafts_given"],
                 }  # fmt: skip
-                print(f"{row['task']}: {row['speed_up']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), "
+                print(f"{row['task']}: {row['speed_up']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}; "
+                      f"of all rounds together {row['of_all_rounds']:.2f}x), "
                       f"{row['acceptance']:.0%} of {row['given']} accepted", flush=True)  # fmt: skip
                 rows.append(row)
         for engine in engines.values():
@@ -219,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a trained model in Hugging Face's format")
     parser.add_argument("--only", choices=["throughput", "speculation"], help="one task")
+    parser.add_argument("--loads", type=int, nargs="*", default=[1, 4, 16], help="requests at once, to see speculation")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, to stand beside")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here, beside those of other models")
@@ -240,10 +245,11 @@ def main() -> None:
 
             config, params = glm.load_checkpoint(args.checkpoint, dtype="float32")
             tokenizer = Tokenizer.load(args.checkpoint)
-            rows += speculation(params, config, tokenizer, _problems(tokenizer), args.rounds)
+            rows += speculation(params, config, tokenizer, _problems(tokenizer), args.rounds, args.loads)
     if args.json:
         kept = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
         new = {row["task"] for row in rows}
+        rows = [{**row, "commit": about["commit"]} for row in rows]
         write_figures(args.json, about | {"rows": [row for row in kept if row["task"] not in new] + rows})
 
 

@@ -23,7 +23,7 @@ from glm45_jax.errors import UserError
 from glm45_jax.train import export_newest, params_digest, read_metrics, train
 from glm45_jax.train.loop import _only_one, _with_tokens_of
 from glm45_jax.train.tokenizer import prepare_tokenizer
-from tests.support import ROOT
+from tests.support import QUICK_FLAGS, ROOT
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -92,7 +92,8 @@ traces = lambda: list((pathlib.Path(config.output_dir) / "profile").rglob("*.xpl
 train(config, on_metrics=lambda step, _: seen.append((step, len(traces()))))
 print(json.dumps(seen))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    env = {**os.environ, "XLA_FLAGS": QUICK_FLAGS}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
