@@ -66,7 +66,7 @@ def chip_in_force() -> Chip | None:
 
 
 def platform_in_force() -> str | None:
-    """ "tpu", "gpu" or "cpu", of the mesh in force; None without a mesh, or for a chip that is not among `CHIPS`."""
+    """Of the mesh in force: "tpu", "gpu" or "cpu"; None without a mesh, or for a chip that is not among `CHIPS`."""
     chip = chip_in_force()
     return chip.platform if chip is not None else "cpu" if _kind_in_force() == "cpu" else None
 

@@ -21,8 +21,8 @@ def dispatch(
     """Calls one of `implementations` on the arrays `args`.
 
     Left to choose, a program lowered for a TPU takes "tpu", one for a CPU "native" or else "cpu". One for CUDA takes
-    `default`, and "gpu", made for Hopper, only where the mesh in force says that the device is one. Where it
-    says what its devices are, other platforms' implementations are not traced.
+    `default`, and "gpu", made for Hopper, only where the mesh in force says that the device is one. Where it says
+    what its devices are, other platforms' implementations are not traced.
 
     Args:
       implementations: by name; "reference" must be among them, "tpu", "gpu", "cpu" serve the platform they name,
@@ -42,11 +42,11 @@ def dispatch(
 
 def _platforms(implementations: Mapping[str, Any]) -> dict[str, list[str]]:
     """Which implementations serve a lowering platform that has any of its own, in order of preference."""
-    names = {"tpu": ("tpu",), "cpu": ("native", "cpu"), "gpu": ("gpu",)}
-    here = [platform] if (platform := platform_in_force()) is not None else ["tpu", "cpu"]
-    lowered = {"gpu": "cuda"}
-    own = {lowered.get(p, p): [name for name in names[p] if name in implementations] for p in here}
-    return {platform: of for platform, of in own.items() if of}
+    names = {"tpu": ("tpu", ["tpu"]), "cpu": ("cpu", ["native", "cpu"]), "gpu": ("cuda", ["gpu"])}
+    platform = platform_in_force()
+    possible = [names[p] for p in (["tpu", "cpu"] if platform is None else [platform])]
+    own = {lowered: [name for name in of if name in implementations] for lowered, of in possible}
+    return {lowered: of for lowered, of in own.items() if of}
 
 
 def _first_that_can(
