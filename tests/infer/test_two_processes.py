@@ -141,13 +141,14 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_answer_as_one(tmp_path):
+@pytest.mark.parametrize(("axes", "cache", "devices"), [("tensor=2", "float32", 2), ("expert=2,tensor=2", "int8", 4)])
+def test_two_answer_as_one(tmp_path, axes, cache, devices):
     """With drafts, penalties, grammars and other weights on the way, over two processes and over one."""
     found = []
     for count in (1, 2):
         file = tmp_path / f"{count}.json"
-        command = ["tests.infer.two_processes", "expert=2,tensor=2", "int8", str(file)]
-        run = Processes(tmp_path / str(count), command, count, devices=4 // count)
+        command = ["tests.infer.two_processes", axes, cache, str(file)]
+        run = Processes(tmp_path / str(count), command, count, devices // count)
         assert not any(run.codes(400)), [run.said(i)[-3000:] for i in range(count)]
         found.append(json.loads(file.read_text()))
     assert found[0]["answers"] == found[1]["answers"] and len(found[0]["answers"]) == 18

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.on_devices import CASES, OTHERS
-from tests.support import QUICK_FLAGS, ROOT
+from tests.support import ROOT
 
 # What each program asks for, of each kind over each set of axes: one line a case. If a change of it is meant, put the
 # case's new line in; it is in the failure's message.
@@ -26,7 +26,7 @@ _TOGETHER = 6  # cases of one process
 @functools.cache
 def results(names: tuple[str, ...]) -> dict[str, Any]:
     """Of several cases, by one process with eight devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.parallel.on_devices", *names]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     found = {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
