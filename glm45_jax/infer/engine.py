@@ -390,8 +390,11 @@ class Engine:
         self, reading: Reading, parts: list[Part], requests: list[Request], most: int, kind: Kind, top: bool
     ) -> Outcome:
         programs, before, rows = self._programs, self._programs.compiled(), len(reading.lengths)
-        programs.read(reading, most)
-        outcome = programs.choose(self._choice(parts, requests, rows, most, kind, top))  # made while the device reads
+        if kind == "plain" and not top and self.options.decodes(*reading.sizes[:2], most):
+            outcome = programs.step(reading, most, self._settings.sampling(requests, rows, kind))
+        else:
+            programs.read(reading, most)
+            outcome = programs.choose(self._choice(parts, requests, rows, most, kind, top))  # made while that is read
         self._counts["compiled_in_service"] += programs.compiled() - before
         return outcome
 
@@ -469,9 +472,7 @@ class Engine:
         reading, choice = functools.partial(self._reading, []), functools.partial(self._choice, [], [])
         empty = Empty(self.options, reading, choice, self.config.vocab_size)
         self._programs.compile_ahead(empty.steps)
-        for reading, most, choice in empty.steps():
-            self._programs.read(reading, most)
-            self._programs.choose(choice)
+        empty.run(self._programs)
         self._constraints.prepare()
         self._programs.wait()
         if self.options.drafts:

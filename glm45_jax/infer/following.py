@@ -73,6 +73,10 @@ class Leading(Programs):
         self._others.send({"do": "choose", "top": top, **has}, arrays)
         return super().choose(choice)
 
+    def step(self, reading: Reading, most: int, sampling: SamplingParams) -> Outcome:
+        self._others.send({"do": "step", "most": most}, [*reading, *jax.tree.leaves(sampling)])
+        return super().step(reading, most, sampling)
+
     def compile_ahead(self, steps: Any) -> None:
         """Nothing: all processes compile the same programs in the same order, as they are called."""
 
@@ -123,6 +127,9 @@ def _followed(programs: Programs, channel: Channel, next_params: Callable[[], Pa
             programs.read(Reading(*arrays), values["most"])
         case "choose":
             programs.choose(Choice(*_settings(values, arrays), values["top"]))
+        case "step":
+            count = len(Reading._fields)
+            programs.step(Reading(*arrays[:count]), values["most"], SamplingParams(*arrays[count:]))
         case "score":
             programs.score(arrays[0])
         case "update":

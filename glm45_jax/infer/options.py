@@ -53,6 +53,11 @@ class EngineOptions:
         n, r = min((n, r) for r, n in self.sizes(most) if r >= rows and n >= tokens)
         return r, n
 
+    @staticmethod
+    def decodes(tokens: int, rows: int, most: int) -> bool:
+        """Whether programs of a size are those that only decode."""
+        return tokens == rows * (1 + most)
+
     def all_rows(self) -> Iterator[int]:
         """Of the programs that only decode."""
         return _doubling(1, self.slots)

@@ -134,8 +134,25 @@ def _draft(
 _likeliest = jax.jit(steps.likeliest)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
+def _step(
+    params: Params, config: ModelConfig, pages: Any, slots: Slots, flat: Any, sampling: SamplingParams, vocab_size: Any,
+    sizes: Any, most: int,
+) -> tuple[Chosen, Drafted | None, Any]:  # fmt: skip
+    """The three above as one, where no mask is to come between: to call each costs as much as a small model's layer."""
+    reading = Reading.unpacked(flat, sizes)
+    done = steps.read(params, config, pages, slots, reading, most=most)
+    chosen = steps.choose(done.logits, slots, sampling, done.rows, vocab_size, None)
+    if not most:
+        return chosen, None, done.pages
+    reading = reading._replace(tokens=done.tokens, lengths=done.rows.lengths)
+    args = done.hidden, chosen.slots, chosen.tokens, sampling, reading, vocab_size
+    drafted = steps.draft(params, config, done.pages, *args, most=most)
+    return chosen, drafted._replace(pages=None), drafted.pages  # returned twice they would be copied
+
+
 class Programs:
-    """Parameters, pages, and what each slot's last step has left. A step is `read`, then `choose`."""
+    """Parameters, pages, and what each slot's last step has left. A step is `read`, then `choose`; or both at once."""
 
     def __init__(self, params: Params, config: ModelConfig, sizes: Sizes):
         self.params, self.config, self.sizes = params, config, sizes
@@ -165,6 +182,17 @@ class Programs:
         """What comes after the tokens that were read last."""
         return _run(self._choose(choice))
 
+    def step(self, reading: Reading, most: int, sampling: SamplingParams) -> Outcome:
+        """`read` and `choose` by one program, for requests that ask for neither masks nor the likeliest tokens."""
+        return _run(self._step(reading, most, sampling))
+
+    def _step(self, reading: Reading, most: int, sampling: SamplingParams) -> Calls[Outcome]:
+        args = self._pages, self._slots, reading.packed(), self._resident(sampling), self._vocab_size
+        fixed = {"sizes": reading.sizes, "most": most}
+        chosen, drafted, self._pages = yield Call(_step, (self.params, self.config, *args), fixed)
+        self._slots = (drafted or chosen).slots
+        return Outcome(chosen, drafted, None)
+
     def _read(self, reading: Reading, most: int) -> Calls[None]:
         self._flat, self._fixed = reading.packed(), {"sizes": reading.sizes, "most": most}
         done = yield Call(_read, (self.params, self.config, self._pages, self._slots, self._flat), self._fixed)
@@ -188,21 +216,26 @@ class Programs:
         self._slots, self._pages = drafted.slots, drafted.pages
         return drafted
 
-    def compile_ahead(self, steps: Callable[[], Iterable[tuple[Reading, int, Choice]]]) -> None:
+    def compile_ahead(self, steps: Callable[[], Iterable[tuple[Reading, int, Choice | SamplingParams]]]) -> None:
         """Compiles side by side what steps will call: for one program a compiler uses little of a host.
 
         Each program is lowered with what those before it in its step give: they are run for that.
         """
-        programs = [_read, _choose, _likeliest, *([_draft] if self.sizes.drafts else [])]
+        programs = [_read, _choose, _likeliest, *([_draft] if self.sizes.drafts else []), _step]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each takes a compiler's memory too
             for program in programs:
                 compiling = {}
                 for reading, most, choice in steps():
-                    call = _run_up_to(program, self._read(reading, most), self._choose(choice))
+                    call = _run_up_to(program, *self._calls(reading, most, choice))
                     if call is not None and call.signature not in compiling:
                         compiling[call.signature] = pool.submit(call.lowered().compile)
                 for one in compiling.values():
                     one.result()
+
+    def _calls(self, reading: Reading, most: int, choice: Choice | SamplingParams) -> list[Calls[Any]]:
+        if isinstance(choice, SamplingParams):
+            return [self._step(reading, most, choice)]
+        return [self._read(reading, most), self._choose(choice)]
 
     def _resident(self, sampling: SamplingParams) -> SamplingParams:
         """On the device, where one alone computes: mostly a step has the settings of the one before."""
@@ -232,7 +265,7 @@ class Programs:
     @staticmethod
     def compiled() -> int:
         """How many programs of steps have been compiled so far."""
-        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest))  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(f._cache_size() for f in (_read, _choose, _draft, _likeliest, _step))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _spread(make: Callable[[Any], Any], of: Any, by_heads: bool = False) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from glm45_jax.infer.options import EngineOptions
 from glm45_jax.infer.programs import Choice, Programs
+from glm45_jax.infer.sampling import SamplingParams
 from glm45_jax.infer.settings import KINDS
 from glm45_jax.infer.steps import Reading
 
@@ -32,25 +33,34 @@ class Empty:
     choice: Callable[..., Choice]
     vocab_size: int
 
-    def steps(self) -> Iterator[tuple[Reading, int, Choice]]:
+    def steps(self) -> Iterator[tuple[Reading, int, Choice | SamplingParams]]:
         """Of all sizes, and for each number of rows of all kinds: they call every program that a step may call."""
         for most in sorted({0, self.options.drafts}):
             seen: set[int] = set()
             for rows, tokens in self.options.sizes(most):
                 for kind in KINDS[: 1 if rows in seen else None]:
                     yield self.reading(rows, tokens), most, self.choice(rows, most, kind, kind == "plain")
+                if self.options.decodes(tokens, rows, most):
+                    yield self.reading(rows, tokens), most, self.choice(rows, most, "plain", False).sampling
                 seen.add(rows)
+
+    def run(self, programs: Programs) -> None:
+        for reading, most, choice in self.steps():
+            if isinstance(choice, SamplingParams):
+                programs.step(reading, most, choice)
+            else:
+                programs.read(reading, most)
+                programs.choose(choice)
 
     def seconds(self, programs: Programs, rows: int) -> list[float]:
         """Of a step that decodes so many sequences, without drafts and with them: medians, taken in turns."""
         both = 0, self.options.drafts
         times: dict[int, list[float]] = {most: [] for most in both}
         for most in both * _TIMED_ROUNDS:
-            reading, choice = self._decoding(rows, most), self.choice(rows, most, "plain", False)
+            reading, sampling = self._decoding(rows, most), self.choice(rows, most, "plain", False).sampling
             began, before = time.monotonic(), None
             for _ in range(_TIMED_STEPS):  # each is given before the one before is looked at, as in service
-                programs.read(reading, most)
-                outcome = programs.choose(choice)
+                outcome = programs.step(reading, most, sampling)
                 if before is not None:
                     np.asarray(before.chosen.tokens if before.drafted is None else before.drafted.accepted)
                 before = outcome

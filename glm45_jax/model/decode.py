@@ -268,7 +268,7 @@ def _layer(
         if is_quantized(x):
             one = Quantized(x.values, x.scales, index)
             return one.cut_out() if stored else one
-        if few and path[-1].key == "weight" and path[-2].key != "router":
+        if few and path[-1].key == "weight":
             return InStack(x, index)
         return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 

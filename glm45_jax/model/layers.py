@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul.quantised import SCALE_BLOCK
 from pallas_kernels.residuals import RESIDUAL
 
 FEW_ROWS = 48  # of more XLA's products on a CPU are as quick as ours
-_LARGE_WEIGHT = 1 << 16  # elements
+_LARGE_WEIGHT = 1 << 12  # elements
 _MOST_LAYER_OUTPUTS = 1 << 14  # a weight with more is the head
 
 
@@ -48,14 +48,16 @@ def linear(x: Float[Array, "*n I"], module: Any) -> Float[Array, "*n O"]:
     return y + module.bias[...].astype(x.dtype) if hasattr(module, "bias") else y
 
 
-def product(x: Float[Array, "*n I"], weight: Any, dtype: Any = None) -> Float[Array, "*n O"]:
+def product(
+    x: Float[Array, "*n I"], weight: Any, dtype: Any = None, precision: jax.lax.Precision | None = None
+) -> Float[Array, "*n O"]:
     """x @ weight.T of a matrix [O, I], or of a `Quantized` one, whose bytes are read as they lie."""
     if isinstance(weight, InStack):
         if weight.values.dtype == x.dtype:
-            return matmul_t(x, weight, dtype)
+            return matmul_t(x, weight, dtype, precision)
         weight = weight.cut_out()
     if not is_quantized(weight):
-        return matmul_t(x, weight.astype(x.dtype), dtype)
+        return matmul_t(x, weight.astype(x.dtype), dtype, precision)
     if not weight.per_channel:
         return _by_blocks(x, weight, dtype or x.dtype)
     weight = weight.cut_out()
@@ -101,17 +103,20 @@ class InStack:
         return jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False)
 
 
-def matmul_t(x: Float[Array, "*n I"], weight: Any, dtype: Any = None) -> Float[Array, "*n O"]:
+def matmul_t(
+    x: Float[Array, "*n I"], weight: Any, dtype: Any = None, precision: jax.lax.Precision | None = None
+) -> Float[Array, "*n O"]:
     """x @ weight.T of a matrix [O, I] or `InStack`, accumulated and returned in `dtype` (by default that of `x`)."""
-    plain = functools.partial(_contract, dtype=dtype)
+    plain = functools.partial(_contract, dtype=dtype, precision=precision)
     if x.size > FEW_ROWS * x.shape[-1] or math.prod(weight.shape) < _LARGE_WEIGHT:
         return plain(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=functools.partial(_few_rows, dtype=dtype), default=plain)
 
 
-def _contract(x: Float[Array, "*n I"], weight: Any, dtype: Any) -> Float[Array, "*n O"]:
+def _contract(x: Float[Array, "*n I"], weight: Any, dtype: Any, precision: Any = None) -> Float[Array, "*n O"]:
     weight = weight.cut_out() if isinstance(weight, InStack) else weight
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+    contracted = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contracted, precision=precision, preferred_element_type=dtype)
 
 
 def _few_rows(x: Float[Array, "*n I"], weight: Any, dtype: Any) -> Float[Array, "*n O"]:

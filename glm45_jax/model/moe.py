@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from glm45_jax.config import ModelConfig
 from glm45_jax.model.experts import few_tokens, routed_experts
-from glm45_jax.model.layers import swiglu
+from glm45_jax.model.layers import product, swiglu
 
 _FEW_ON_TPU = 512  # tokens
 
@@ -33,12 +33,7 @@ def route(x: Float[Array, "T D"], router: Any, config: ModelConfig) -> Routing:
     With groups, only the `topk_group` groups whose two best biased scores sum highest can be chosen from. Weights are
     the chosen experts' unbiased scores, normalised where the model does so, times `routed_scaling_factor`.
     """
-    logits = jax.lax.dot_general(
-        x.astype(jnp.float32),
-        router.weight[...].astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    logits = product(x.astype(jnp.float32), router.weight.get_value(), precision=jax.lax.Precision.HIGHEST)
     scores = jax.nn.sigmoid(logits)
     biased = jax.lax.stop_gradient(scores) + router.bias[...].astype(jnp.float32)
     _, indices = jax.lax.top_k(_only_best_groups(biased, config), config.num_experts_per_tok)

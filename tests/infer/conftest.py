@@ -21,7 +21,7 @@ def quick_programs() -> Iterator[None]:
         advance = quick_jit(loop.advance.__wrapped__, static_argnames="config", donate_argnames="state")
         patch.setattr(generate_module, "start", start)
         patch.setattr(generate_module, "advance", advance)
-        for name in ("_read", "_draft"):
+        for name in ("_read", "_draft", "_step"):
             function = getattr(programs, name).__wrapped__
             jitted = quick_jit(function, static_argnames=("config", "sizes", "most"), donate_argnames="pages")
             patch.setattr(programs, name, jitted)

@@ -12,7 +12,19 @@ from glm45_jax.infer import Engine, EngineOptions
 from tests.support import random_params, small_config
 
 CONFIG = small_config(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=1)
-STEPS = ("_read", "choose", "_draft", "likeliest")
+STEPS = ("_read", "choose", "_draft", "likeliest", "_step")
+
+
+def test_a_step_that_drafts_writes_the_pages_in_their_place() -> None:
+    """A copy of the whole cache in each step changes no token: only the time, and with a large cache all of it."""
+    options = EngineOptions(slots=2, cache_tokens=1 << 16, step_tokens=16, drafts=2, warm_up=False)
+    with Engine(random_params(CONFIG), CONFIG, options=options) as engine:
+        programs, rows, most = engine._programs, 2, 2
+        reading, choice = engine._reading([], rows, rows * (1 + most)), engine._choice([], [], rows, most, "plain", False)
+        memory = next(programs._step(reading, most, choice.sampling)).lowered().compile().memory_analysis()
+        pages = sum(x.nbytes for x in jax.tree.leaves(programs._pages))
+    new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert memory.alias_size_in_bytes >= pages and new < pages // 4
 
 
 @pytest.mark.slow
@@ -38,3 +50,4 @@ def test_each_program_is_compiled_once_and_before_the_first_request() -> None:
     plain, drafting = len([*options.sizes(0)]), len([*options.sizes(2)])
     assert compiled["_read"] == plain + drafting and compiled["_draft"] == drafting
     assert compiled["choose"] == 2 * 2 * 3  # rows, with and without drafts, kinds
+    assert compiled["_step"] == 2 * 2

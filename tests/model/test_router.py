@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 import glm45_jax as glm
 from glm45_jax.config import ModelConfig
+from glm45_jax.model.moe import route
 from tests.support import quick_jit, random_params, random_tokens, small_config
 
 forward = quick_jit(glm.forward, static_argnames=("config", "collect"))
@@ -109,3 +112,14 @@ def test_every_token_gets_all_its_experts() -> None:
     for row in range(2):
         one = forward(params, config=config, tokens=tokens[row : row + 1, :1]).logits
         np.testing.assert_allclose(whole[row : row + 1, :1], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_the_product_is_float32_to_the_last_bit_on_every_platform(tokens: int) -> None:
+    """A TPU multiplies float32 in bfloat16 unless told: experts would change places, and nothing would say so."""
+    router = nnx.Dict(weight=nnx.Param(jnp.zeros((64, 64))), bias=nnx.Param(jnp.zeros(64)))
+    config = small_config(n_routed_experts=64)
+    with jax.default_matmul_precision("bfloat16"):
+        traced = jax.jit(lambda x: route(x, router, config).logits).trace(jnp.zeros((tokens, 64), jnp.bfloat16))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == 1
