@@ -175,6 +175,8 @@ def speculation(
     Four waves, each when the one before has ended; and the same requests all at once, where each that ends makes room
     for the next. A second engine without drafts says what such ratios are worth: its own should be one.
     """
+    import jax
+
     from glm45_jax.infer import Engine, EngineOptions
 
     rows = []
@@ -204,6 +206,7 @@ def speculation(
                 rows.append(row)
         for engine in engines.values():
             engine.close()
+        jax.clear_caches()  # a process has room for the memory maps of some thousand programs
     return rows
 
 

@@ -23,7 +23,7 @@ _TRY = 0.85  # of a gain that is known from the start alone, to see what it is i
 _LOAD_KEPT = 0.98  # of the load, from step to step
 TRIAL = 12  # steps of a kind, the cold ones among them, that say what it takes
 _TIMES_KEPT = 2 * (TRIAL - _COLD) - 1  # of each kind: a median, which one trial moves and a few slow steps do not
-_FIRST_PLAIN, _NEXT_PLAIN = 4 * TRIAL, 4000  # steps with drafts, then it is time to see steps without
+_FIRST_PLAIN, _LAST_PLAIN = 4 * TRIAL, 4000  # steps with drafts, then it is time to see steps without
 _SHARE_OF_TRIALS = 0.01  # of the time, where drafts do not pay, goes to see how it is now
 
 
@@ -48,6 +48,7 @@ class Drafting:
         self._left_of_trial = self._in_a_row = 0
         self._last: tuple[bool, int] | None = None  # kind of step
         self._since_plain = collections.Counter[int]()  # steps with drafts
+        self._until_plain: dict[int, int] = {}  # so many of them: twice as many each time that drafts still paid
 
     def saw(self, given: int, accepted: int) -> None:
         """Of one sequence in one step."""
@@ -61,11 +62,13 @@ class Drafting:
         self._at_start[rows] = plain, drafted
 
     def timed(self, rows: int, seconds: float, *, drafts: bool) -> None:
-        """How long a step took in which `rows` sequences decoded, most of them with drafts or none."""
+        """How long a step of `rows` sequences took, most of which decoded, with drafts or without."""
         self._elapsed += seconds
         self._left_of_trial -= drafts
         rows = self._size_of(rows)
         self._in_a_row = self._in_a_row + 1 if self._last == (drafts, rows) else 1
+        if drafts and self._last == (False, rows):
+            self._until_plain[rows] = min(2 * self._until_plain.get(rows, _FIRST_PLAIN), _LAST_PLAIN)
         self._last = drafts, rows
         if self._in_a_row > _COLD:
             self._times.setdefault((drafts, rows), collections.deque(maxlen=_TIMES_KEPT)).append(seconds)
@@ -101,7 +104,10 @@ class Drafting:
         self._load = max(self._load * _LOAD_KEPT, rows)
         if self._left_of_trial > 0:
             return True
-        return self.gain(rows, drafting) > _GO_ON and not self._time_for_plain(rows)
+        pays = self.gain(rows, drafting) > _GO_ON
+        if drafting and not pays:
+            self._until_plain.pop(self._size_of(rows), None)
+        return pays and not self._time_for_plain(rows)
 
     def gain(self, rows: int, drafting: int) -> float:
         """How many times as fast `rows` sequences go on where `drafting` of them have drafts; much, where nothing is
@@ -124,9 +130,10 @@ class Drafting:
         return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL - _COLD
 
     def _time_for_plain(self, rows: int) -> bool:
-        """Whether steps without drafts are to be seen, which none is while some sequence drafts."""
-        since = self._since_plain[self._size_of(rows)]
-        return since >= (_NEXT_PLAIN if self._known(False, rows) else _FIRST_PLAIN)
+        """Whether steps without drafts are to be seen, which none is while some sequence drafts: what they took in a
+        slow moment would else keep drafts going that do not pay."""
+        size = self._size_of(rows)
+        return self._since_plain[size] >= self._until_plain.get(size, _FIRST_PLAIN)
 
     @property
     def worth_reading(self) -> int:

@@ -447,6 +447,28 @@ def test_what_steps_without_drafts_take_is_seen_where_all_would_draft():
     assert not drafting.begins(16, 0) and not drafting.goes_on(16, 16)
 
 
+def test_a_slow_moment_does_not_keep_drafts_going_that_do_not_pay():
+    """Steps without drafts are seen again soon at first, then less and less often where drafts go on to pay."""
+
+    def until_plain(drafting: Drafting, drafted: float, plain: float) -> int:
+        steps = 0
+        while drafting.goes_on(16, 16):
+            drafting.timed(16, drafted, drafts=True)
+            steps += 1
+        for _ in range(TRIAL):
+            drafting.timed(16, plain, drafts=False)
+            assert not drafting.goes_on(16, 0)
+        return steps
+
+    pays, does_not = Drafting(2), Drafting(2)
+    for drafting in (pays, does_not):
+        drafting.timed_at_start(16, 1.0, 1.1)
+    often = [until_plain(pays, 1.5, 1.0) for _ in range(9)]
+    assert often[1] < 100 and all(a < b <= 2 * a + 1 for a, b in zip(often[1:6], often[2:7])) and often[-1] <= 4000
+    assert until_plain(does_not, 4.0, 9.0) + until_plain(does_not, 4.0, 1.0) < 150, "a step took 9 s but for a moment"
+    assert sum(until_plain(does_not, 4.0, 1.0) for _ in range(20)) == 0
+
+
 def test_what_looks_nearly_as_quick_at_the_start_is_tried_in_service():
     near, far = Drafting(1), Drafting(1)
     near.timed_at_start(1, 1.0, 1.9)
