@@ -2,9 +2,9 @@
 
 A draft that holds is a token for the price of reading one more in the same step; the MTP layer that makes drafts, and
 the further tokens' experts, are what it costs. Which is more depends on the machine, the load and the text, so both are
-measured: roughly at the start, then in service, where both kinds of step have to be tried for that. One sequence that
-drafts makes the step longer for all, so what counts is how many of them do; and since requests come in waves, the load
-that counts for one that comes is that of the last steps, not that of the moment.
+measured: roughly at the start, then in service, where both kinds of step have to be tried, one after the other, for
+that. One sequence that drafts makes the step longer for all, so what counts is how many of them do; and since requests
+come in waves, the load that counts for one that comes is that of the last steps, not that of the moment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _BEGIN, _GO_ON = 1.15, 1.05  # gains that are asked for: prompts take longer wit
 _TRY = 0.85  # of a gain that is known from the start alone, to see what it is in service
 _LOAD_KEPT = 0.98  # of the load, from step to step
 TRIAL = 12  # steps of a kind, the cold ones among them, that say what it takes
-_TIMES_KEPT = 2 * (TRIAL - _COLD) - 1  # of each kind: a median, which one trial moves and a few slow steps do not
+_WARM = TRIAL - _COLD  # steps of each kind that are kept, and that are compared
+_COMPARISONS = 3  # of which the middle one counts: a slow moment spoils one
 _FIRST_PLAIN, _LAST_PLAIN = 4 * TRIAL, 4000  # steps with drafts, then it is time to see steps without
 _SHARE_OF_TRIALS = 0.01  # of the time, where drafts do not pay, goes to see how it is now
 
@@ -44,6 +45,8 @@ class Drafting:
         self._seen, self._load = _WORTH_OF_GUESS, 0.0
         self._times: dict[tuple[bool, int], collections.deque[float]] = {}
         self._at_start: dict[int, tuple[float, float]] = {}
+        self._compared: dict[int, collections.deque[tuple[float, float]]] = {}
+        self._stretch: dict[int, tuple[bool, int]] = {}  # kind of the last warm steps, and how many
         self._elapsed = self._on_trials = 0.0
         self._left_of_trial = self._in_a_row = 0
         self._last: tuple[bool, int] | None = None  # kind of step
@@ -71,8 +74,20 @@ class Drafting:
             self._until_plain[rows] = min(2 * self._until_plain.get(rows, _FIRST_PLAIN), _LAST_PLAIN)
         self._last = drafts, rows
         if self._in_a_row > _COLD:
-            self._times.setdefault((drafts, rows), collections.deque(maxlen=_TIMES_KEPT)).append(seconds)
+            self._times.setdefault((drafts, rows), collections.deque(maxlen=_WARM)).append(seconds)
+            self._compare(drafts, rows)
         self._since_plain[rows] = 0 if not drafts and self._known(False, rows) else self._since_plain[rows] + drafts
+
+    def _compare(self, drafts: bool, rows: int) -> None:
+        """Steps of one kind with those of the other before them: a machine is as quick in both, whatever else it does.
+
+        What a kind took at another time says less: by a burst of slow steps the other would seem to pay.
+        """
+        kind, count = self._stretch.get(rows, (drafts, 0))
+        self._stretch[rows] = drafts, count + 1 if kind == drafts else 1
+        if self._stretch[rows][1] == _WARM and self._known(not drafts, rows):
+            plain, drafted = (statistics.median(self._times[kind, rows]) for kind in (False, True))
+            self._compared.setdefault(rows, collections.deque(maxlen=_COMPARISONS)).append((plain, drafted))
 
     def begins(self, rows: int, without: int) -> bool:
         """Whether those that come, or could draft again, are to draft: it pays, or it is time for a trial.
@@ -120,14 +135,12 @@ class Drafting:
 
     def _seconds_of(self, rows: int) -> tuple[float, float]:
         """Of a step without drafts and one with them; as if they cost nothing, as long as nothing is known."""
-        if self._known(False, rows) and self._known(True, rows):
-            plain, drafted = (statistics.median(self._times[drafts, self._size_of(rows)]) for drafts in (False, True))
-            return plain, drafted
-        return self._at_start.get(self._size_of(rows), (1.0, 1e-9))
+        compared = sorted(self._compared.get(self._size_of(rows), ()), key=lambda pair: pair[1] / pair[0])
+        return compared[len(compared) // 2] if compared else self._at_start.get(self._size_of(rows), (1.0, 1e-9))
 
     def _known(self, drafts: bool, rows: int) -> bool:
         """Whether steps of a kind have been seen in service."""
-        return len(self._times.get((drafts, self._size_of(rows)), ())) >= TRIAL - _COLD
+        return len(self._times.get((drafts, self._size_of(rows)), ())) >= _WARM
 
     def _time_for_plain(self, rows: int) -> bool:
         """Whether steps without drafts are to be seen, which none is while some sequence drafts: what they took in a

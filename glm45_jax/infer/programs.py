@@ -143,7 +143,7 @@ def _step(
     reading = Reading.unpacked(flat, sizes)
     done = steps.read(params, config, pages, slots, reading, most=most)
     chosen = steps.choose(done.logits, slots, sampling, done.rows, vocab_size, None)
-    if not most:
+    if done.hidden is None:
         return chosen, None, done.pages
     reading = reading._replace(tokens=done.tokens, lengths=done.rows.lengths)
     args = done.hidden, chosen.slots, chosen.tokens, sampling, reading, vocab_size

@@ -120,7 +120,7 @@ class Drafted(NamedTuple):
     pages: Pages
 
 
-def read(params: Params, config: ModelConfig, pages: Array, slots: Slots, reading: Reading, *, most: int) -> Read:
+def read(params: Params, config: ModelConfig, pages: Pages, slots: Slots, reading: Reading, *, most: int) -> Read:
     """The logits after each row's last token and `most` drafts, one behind the other."""
     tokens = jnp.where(reading.from_slot >= 0, slots.tokens.reshape(-1)[reading.from_slot], reading.tokens)
     held = jnp.where(reading.ahead, slots.accepted.at[reading.to_slot].get(mode="clip"), 0)
@@ -170,7 +170,7 @@ def likeliest(logits: Float[Array, "W V"], vocab_size: Int[Array, ""]) -> Likeli
 def draft(
     params: Params,
     config: ModelConfig,
-    pages: Array,
+    pages: Pages,
     hidden: Float[Array, "N D"],
     slots: Slots,
     chosen: Int[Array, "R C"],

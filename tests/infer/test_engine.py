@@ -464,9 +464,21 @@ def test_a_slow_moment_does_not_keep_drafts_going_that_do_not_pay():
     for drafting in (pays, does_not):
         drafting.timed_at_start(16, 1.0, 1.1)
     often = [until_plain(pays, 1.5, 1.0) for _ in range(9)]
-    assert often[1] < 100 and all(a < b <= 2 * a + 1 for a, b in zip(often[1:6], often[2:7])) and often[-1] <= 4000
+    assert often[1] < 100 and 1000 < often[-1] <= 4000
+    assert all(a <= b <= 2 * a + 1 for a, b in itertools.pairwise(often))
     assert until_plain(does_not, 4.0, 9.0) + until_plain(does_not, 4.0, 1.0) < 150, "a step took 9 s but for a moment"
-    assert sum(until_plain(does_not, 4.0, 1.0) for _ in range(20)) == 0
+    assert sum(until_plain(does_not, 4.0, 1.0) for _ in range(20)) < 2 * TRIAL
+
+
+def test_a_burst_of_slow_steps_does_not_begin_drafts():
+    """Steps without them seem slow beside what those with drafts took at another time."""
+    drafting = known(2, {16: (1.0, 4.0)})
+    for seconds in [1.0] * TRIAL + [9.0] * TRIAL:
+        drafting.timed(16, seconds, drafts=False)
+        assert not drafting.begins(16, 0)
+    for _ in range(TRIAL):  # a trial in the midst of it
+        drafting.timed(16, 36.0, drafts=True)
+    assert not drafting.begins(16, 0)
 
 
 def test_what_looks_nearly_as_quick_at_the_start_is_tried_in_service():

@@ -19,8 +19,8 @@ def test_a_step_that_drafts_writes_the_pages_in_their_place() -> None:
     """A copy of the whole cache in each step changes no token: only the time, and with a large cache all of it."""
     options = EngineOptions(slots=2, cache_tokens=1 << 16, step_tokens=16, drafts=2, warm_up=False)
     with Engine(random_params(CONFIG), CONFIG, options=options) as engine:
-        programs, rows, most = engine._programs, 2, 2
-        reading, choice = engine._reading([], rows, rows * (1 + most)), engine._choice([], [], rows, most, "plain", False)
+        programs, most = engine._programs, 2
+        reading, choice = engine._reading([], 2, 6), engine._choice([], [], 2, most, "plain", False)
         memory = next(programs._step(reading, most, choice.sampling)).lowered().compile().memory_analysis()
         pages = sum(x.nbytes for x in jax.tree.leaves(programs._pages))
     new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
