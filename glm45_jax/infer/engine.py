@@ -422,7 +422,7 @@ class Engine:
         self._finished_at = now
         with_drafts, rows = sum(bool(part.drafts) for part in flight.parts), len(flight.parts)
         decoding = sum(part.count == 1 for part in flight.parts)
-        if 2 * decoding > rows and (drafted is None or 2 * with_drafts >= rows):  # their prompts are of the price
+        if 2 * decoding > rows and (drafted is None or 2 * with_drafts >= rows):  # a prompt among them is of the price
             self._drafting.timed(rows, now - since, drafts=drafted is not None)
 
     def _hand_out(
