@@ -215,7 +215,8 @@ class _Tool:
             raise self._wrong(key, "its schema is no object, allows nothing, or refers to itself without end")
         words = schema.keys() & _WORDS
         kind = schema.get("type")
-        if not all(isinstance(name, str | None) for name in (kind if isinstance(kind, list) else [kind])):
+        names = kind if isinstance(kind, list) else [kind] if "type" in schema else []
+        if not all(isinstance(name, str if self._strict else str | None) for name in names):  # null is no type's name
             raise self._wrong(key, "its type must be a name or a list of names")
         if "$ref" in words:
             found = referred(schema["$ref"], self._root)

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from glm45_jax.errors import UserError
@@ -443,6 +443,7 @@ ODD = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
+@example(properties={"a": {"const": None, "type": None}}, strict=True)
 @given(properties=st.dictionaries(st.sampled_from(["a", "b c", "<", ""]), ODD, max_size=3), strict=st.booleans())
 def test_any_schema_is_kept_to_or_refused(properties, strict) -> None:
     schema = {"type": "object", "properties": properties, "required": ["a"]}
