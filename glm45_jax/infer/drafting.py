@@ -83,9 +83,10 @@ class Drafting:
 
         What a kind took at another time says less: by a burst of slow steps the other would seem to pay.
         """
-        kind, count = self._stretch.get(rows, (drafts, 0))
-        self._stretch[rows] = drafts, count + 1 if kind == drafts else 1
-        if self._stretch[rows][1] == _WARM and self._known(not drafts, rows):
+        before, count = self._stretch.get(rows, (drafts, 0))
+        count = count + 1 if before == drafts else 1
+        self._stretch[rows] = drafts, count
+        if count == _WARM and self._known(not drafts, rows):
             plain, drafted = (statistics.median(self._times[kind, rows]) for kind in (False, True))
             self._compared.setdefault(rows, collections.deque(maxlen=_COMPARISONS)).append((plain, drafted))
 

@@ -45,6 +45,7 @@ class Empty:
                 seen.add(rows)
 
     def run(self, programs: Programs) -> None:
+        """Takes all `steps`, as an engine does."""
         for reading, most, choice in self.steps():
             if isinstance(choice, SamplingParams):
                 programs.step(reading, most, choice)
