@@ -22,7 +22,7 @@ from pallas_kernels import fused_moe, grouped_matmul, native
 from pallas_kernels.grouped_matmul.quantised import SCALE_BLOCK
 from pallas_kernels.residuals import RESIDUAL
 
-FEW_ROWS = 48  # of more XLA's products on a CPU are as quick as ours
+FEW_ROWS = 128  # of more XLA's products on a CPU are as quick as ours
 _LARGE_WEIGHT = 1 << 12  # elements
 _MOST_LAYER_OUTPUTS = 1 << 14  # a weight with more is the head
 

@@ -133,13 +133,19 @@ void attend(const Batch<T>& b, const Piece& piece, int64_t head) {
     for (int64_t d = 0; d < dim; ++d) scaled[m * dim + d] = from[d] * b.scale;
     rows[m] = &scaled[m * dim];
   }
+  Sorted sorted;
+  sorted.add(rows.data(), queries);
+  sorted.turn_around(dim, [](int64_t count, auto work) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+  });
   for (int64_t from = 0; from < end; from += chunk) {
     const int64_t size = std::min(chunk, end - from);
     for (int64_t p = 0; p < size; p += b.page_size)
-      products(rows.data(), queries, b.at(piece.row, head, from + p), 2 * dim, dim, 0, std::min(b.page_size, size - p),
-               static_cast<const T*>(nullptr), [&](int64_t m, int64_t n, const float* x, auto count) {
-                 std::memcpy(&scores[m * chunk + p + n], x, count * sizeof(float));
-               });
+      for (const Rows& some : sorted.each)
+        products(some, b.at(piece.row, head, from + p), 2 * dim, dim, 0, std::min(b.page_size, size - p),
+                 static_cast<const T*>(nullptr), [&](int64_t m, int64_t n, const float* x, auto count) {
+                   std::memcpy(&scores[(some.start + m) * chunk + p + n], x, count * sizeof(float));
+                 });
     for (int64_t m = 0; m < queries; ++m)
       soften(&scores[m * chunk], size, piece.position + m / group + 1 - from, &highest[m], &totals[m], &sums[m * dim],
              dim);

@@ -7,8 +7,6 @@
 namespace native {
 namespace {
 
-constexpr int64_t kPanel = 384;  // rows of a piece at a time: a quarter of the second cache
-
 template <int count>
 void put(float* at, const float* x) {
   std::memcpy(at, x, count * sizeof(float));
@@ -16,115 +14,119 @@ void put(float* at, const float* x) {
 
 int64_t blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
-// One expert's rows: the tokens they come from and their weights.
-struct Chosen {
-  int64_t expert, first, rows;
+// Rows, sorted by group, and the group's matrix of each piece of them.
+struct Groups {
+  struct One {
+    int64_t matrix;
+    size_t first, last;  // of sorted.each
+  };
+  std::vector<One> each;
+  Sorted sorted;
+
+  void add(int64_t matrix, const float* const* at, int64_t count) {
+    const size_t first = sorted.each.size();
+    sorted.add(at, count);
+    if (count > 0) each.push_back({matrix, first, sorted.each.size()});
+  }
 };
+
+auto on(ffi::ThreadPool& pool) {
+  return [&pool](int64_t count, const auto& work) { parallel(pool, count, work); };
+}
+
+// out[row] = the group's matrix times the row, or the swiglu of that and what the second matrix gives.
+template <class T>
+void expand(ffi::ThreadPool& pool, Groups& groups, const T* matrices, const T* second_matrices, int64_t inputs,
+            int64_t columns, float* out) {
+  const int64_t of_each = blocks(columns), pieces = static_cast<int64_t>(groups.each.size()) * of_each;
+  auto piece_of = [&](const T* all, int64_t i) {
+    return i < pieces ? all + (groups.each[i / of_each].matrix * columns + i % of_each * kBlock) * inputs : nullptr;
+  };
+  groups.sorted.turn_around(inputs, on(pool));
+  parallel(pool, pieces, [&](int64_t i) {
+    const Groups::One& one = groups.each[i / of_each];
+    const int64_t first = i % of_each * kBlock, last = std::min(first + kBlock, columns);
+    const int64_t matrix = one.matrix * columns * inputs;
+    alignas(64) float ups[kMostRows * kBlock];
+    for (size_t c = one.first; c < one.last; ++c) {
+      const Rows& rows = groups.sorted.each[c];
+      float* mine = out + rows.start * columns;
+      const T* after = c + 1 == one.last ? piece_of(matrices, i + 1) : nullptr;
+      products(rows, matrices + matrix, inputs, inputs, first, last,
+               second_matrices ? piece_of(second_matrices, i) : after,
+               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(mine + m * columns + n, x); });
+      if (!second_matrices) continue;
+      products(rows, second_matrices + matrix, inputs, inputs, first, last, after,
+               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(&ups[m * kBlock + n - first], x); });
+      for (int64_t m = 0; m < rows.count; ++m) swiglu(mine + m * columns + first, &ups[m * kBlock], last - first);
+    }
+  });
+}
 
 template <class T>
 ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* gate, const T* up, const T* down,
                      int64_t experts, int64_t width, const int32_t* indices, const float* weights, int64_t top_k,
                      int64_t offset, float* out) {
   const int64_t tokens = x.dimensions()[0], dim = x.dimensions()[1];
-  std::vector<int64_t> place(experts + 1, 0);
-  for (int64_t i = 0; i < tokens * top_k; ++i) {
-    int64_t expert = indices[i] - offset;
-    if (expert >= 0 && expert < experts) ++place[expert + 1];
-  }
-  std::vector<Chosen> chosen;
-  for (int64_t e = 0; e < experts; ++e) {
-    if (place[e + 1] > 0) chosen.push_back({e, place[e], place[e + 1]});
-    place[e + 1] += place[e];
-  }
-  const int64_t rows = place[experts];
-  std::vector<int64_t> token(rows);
-  std::vector<float> share(rows);
-  std::vector<const float*> in(rows), hidden(rows);
-  for (int64_t i = 0; i < tokens * top_k; ++i) {
-    int64_t expert = indices[i] - offset;
-    if (expert < 0 || expert >= experts) continue;
-    int64_t row = place[expert]++;
-    token[row] = i / top_k, share[row] = weights[i];
-    in[row] = x.typed_data() + token[row] * dim;
-  }
-  std::unique_ptr<float[]> inner(new float[rows * width]);
-  for (int64_t row = 0; row < rows; ++row) hidden[row] = inner.get() + row * width;
-
-  const int64_t inner_blocks = blocks(width), pieces = static_cast<int64_t>(chosen.size()) * inner_blocks;
-  auto piece_of = [&](const T* matrices, int64_t i) {
-    return i < pieces ? matrices + (chosen[i / inner_blocks].expert * width + i % inner_blocks * kBlock) * dim : nullptr;
+  std::vector<int64_t> sizes(experts, 0), place(experts + 1, 0);
+  auto local = [&](int64_t i) {
+    const int64_t expert = indices[i] - offset;
+    return expert >= 0 && expert < experts ? expert : -1;
   };
-  parallel(pool, pieces, [&](int64_t i) {
-    const Chosen& one = chosen[i / inner_blocks];
-    const int64_t first = i % inner_blocks * kBlock, last = std::min(first + kBlock, width), size = last - first;
-    std::vector<float> ups(one.rows * kBlock);
-    float* mine = inner.get() + one.first * width;
-    const int64_t matrix = one.expert * width * dim;
-    products(&in[one.first], one.rows, gate + matrix, dim, dim, first, last, piece_of(up, i),
-             [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(mine + m * width + n, x); });
-    products(&in[one.first], one.rows, up + matrix, dim, dim, first, last, piece_of(gate, i + 1),
-             [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(&ups[m * kBlock + n - first], x); });
-    for (int64_t m = 0; m < one.rows; ++m) {
-      float* at = mine + m * width + first;
-      swiglu(at, &ups[m * kBlock], size);
-      for (int64_t n = 0; n < size; ++n) at[n] *= share[one.first + m];
-    }
-  });
+  for (int64_t i = 0; i < tokens * top_k; ++i)
+    if (local(i) >= 0) ++sizes[local(i)];
+  for (int64_t e = 0; e < experts; ++e) place[e + 1] = place[e] + sizes[e];
+  const int64_t count = place[experts];
+  std::vector<int64_t> token(count);
+  std::vector<float> share(count);
+  std::vector<const float*> in(count), hidden(count);
+  std::unique_ptr<float[]> inner(new float[count * width]);
+  for (int64_t i = 0; i < tokens * top_k; ++i) {
+    if (local(i) < 0) continue;
+    const int64_t row = place[local(i)]++;
+    token[row] = i / top_k, share[row] = weights[i];
+    in[row] = x.typed_data() + token[row] * dim, hidden[row] = inner.get() + row * width;
+  }
+  Groups widening, narrowing;
+  for (int64_t e = 0; e < experts; ++e) widening.add(e, in.data(), sizes[e]), narrowing.add(e, hidden.data(), sizes[e]);
+  expand(pool, widening, gate, up, dim, width, inner.get());
+
+  narrowing.sorted.turn_around(width, on(pool));
+  const std::vector<Groups::One>& chosen = narrowing.each;
   parallel(pool, blocks(dim), [&](int64_t i) {
     const int64_t first = i * kBlock, last = std::min(first + kBlock, dim);
     for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * dim + first, out + t * dim + last, 0.0f);
-    for (size_t c = 0; c < chosen.size(); ++c) {
-      const Chosen& one = chosen[c];
-      const T* after = c + 1 < chosen.size() ? down + (chosen[c + 1].expert * dim + first) * width : nullptr;
-      products(&hidden[one.first], one.rows, down + one.expert * width * dim, width, width, first, last, after,
-               [&](int64_t m, int64_t n, const float* x, auto count) {
-                 float* sum = out + token[one.first + m] * dim + n;
-                 for (int i = 0; i < count; ++i) sum[i] += x[i];
-               });
-    }
+    for (size_t g = 0; g < chosen.size(); ++g)
+      for (size_t c = chosen[g].first; c < chosen[g].last; ++c) {
+        const Rows& rows = narrowing.sorted.each[c];
+        const bool more = c + 1 < chosen[g].last || g + 1 == chosen.size();
+        products(rows, down + chosen[g].matrix * dim * width, width, width, first, last,
+                 more ? nullptr : down + (chosen[g + 1].matrix * dim + first) * width,
+                 [&](int64_t m, int64_t n, const float* x, auto count) {
+                   const int64_t row = rows.start + m;
+                   float* sum = out + token[row] * dim + n;
+                   for (int i = 0; i < count; ++i) sum[i] += share[row] * x[i];
+                 });
+      }
   });
   return ffi::Error::Success();
 }
 
 // out[row] = rows of group g times matrix g (and the swiglu of it with a second one); zero for rows of no group.
 template <class T>
-ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* first_matrices, const T* second_matrices,
+ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* matrices, const T* second_matrices,
                    int64_t columns, ffi::Buffer<ffi::S32> sizes, int64_t first_row, float* out) {
-  const int64_t rows = lhs.dimensions()[0], inputs = lhs.dimensions()[1], groups = sizes.dimensions()[0];
-  std::vector<const float*> in(rows);
-  for (int64_t row = 0; row < rows; ++row) in[row] = lhs.typed_data() + row * inputs;
-  std::vector<Chosen> chosen;
-  int64_t at = std::min(std::max<int64_t>(first_row, 0), rows);
-  std::fill(out, out + at * columns, 0.0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    int64_t size = std::min<int64_t>(sizes.typed_data()[g], rows - at);
-    if (size > 0) chosen.push_back({g, at, size}), at += size;
-  }
-  std::fill(out + at * columns, out + rows * columns, 0.0f);
-
-  const int64_t of_each = blocks(columns), pieces = static_cast<int64_t>(chosen.size()) * of_each;
-  auto piece_of = [&](const T* matrices, int64_t i) {
-    return i < pieces ? matrices + (chosen[i / of_each].expert * columns + i % of_each * kBlock) * inputs : nullptr;
-  };
-  parallel(pool, pieces, [&](int64_t i) {
-    const Chosen& one = chosen[i / of_each];
-    const int64_t first = i % of_each * kBlock, last = std::min(first + kBlock, columns);
-    const int64_t matrix = one.expert * columns * inputs;
-    std::vector<float> ups(second_matrices ? std::min(kPanel, one.rows) * kBlock : 0);
-    const int64_t panels = (one.rows + kPanel - 1) / kPanel;
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t start = one.first + one.rows * p / panels, count = one.first + one.rows * (p + 1) / panels - start;
-      float* mine = out + start * columns;
-      const T* after = piece_of(first_matrices, i + 1);
-      products(&in[start], count, first_matrices + matrix, inputs, inputs, first, last,
-               second_matrices ? piece_of(second_matrices, i) : after,
-               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(mine + m * columns + n, x); });
-      if (!second_matrices) continue;
-      products(&in[start], count, second_matrices + matrix, inputs, inputs, first, last, after,
-               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(&ups[m * kBlock + n - first], x); });
-      for (int64_t m = 0; m < count; ++m) swiglu(mine + m * columns + first, &ups[m * kBlock], last - first);
-    }
-  });
+  const int64_t rows = lhs.dimensions()[0], inputs = lhs.dimensions()[1], count = sizes.dimensions()[0];
+  const int64_t before = std::min(std::max<int64_t>(first_row, 0), rows);
+  std::vector<const float*> in(rows - before);
+  for (size_t row = 0; row < in.size(); ++row) in[row] = lhs.typed_data() + (before + row) * inputs;
+  Groups groups;
+  for (int64_t g = 0; g < count; ++g)
+    groups.add(g, in.data(), std::min<int64_t>(sizes.typed_data()[g], in.size() - groups.sorted.rows));
+  const int64_t end = before + groups.sorted.rows;
+  std::fill(out, out + before * columns, 0.0f);
+  std::fill(out + end * columns, out + rows * columns, 0.0f);
+  expand(pool, groups, matrices, second_matrices, inputs, columns, out + before * columns);
   return ffi::Error::Success();
 }
 

@@ -1,8 +1,8 @@
 // Products of few or many rows with weights that lie row-major as [outputs, inputs], read once where they lie.
 //
 // Both operands are contiguous along the contraction. Few rows need nothing packed: a tile of rows times a tile of
-// outputs is kept in registers while one goes along both, and summed over its lanes. Many rows pay for turning weights
-// around, a piece at a time, so that lanes are outputs.
+// outputs is kept in registers while one goes along both, and summed over its lanes. Many rows are turned around once,
+// so that a vector's lanes are rows; a weight is then a factor of whole vectors, and nothing is done to the weights.
 #pragma once
 
 #include <algorithm>
@@ -26,17 +26,18 @@ namespace native {
 namespace ffi = xla::ffi;
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 6, kOutputs = 4;
+constexpr int kLanes = 16, kRows = 6, kWide = 8;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kRows = 3, kOutputs = 4;
+constexpr int kLanes = 8, kRows = 3, kWide = 4;
 #else
-constexpr int kLanes = 4, kRows = 4, kOutputs = 4;
+constexpr int kLanes = 4, kRows = 4, kWide = 4;
 #endif
+constexpr int kOutputs = 4;  // of a tile of kRows rows; one of many rows has kWide
 constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kBlock = 64;  // outputs of a piece of work
-constexpr int64_t kDepth = 64;  // inputs of as many weights as are turned around at once: a third of the first cache
-constexpr int64_t kManyRows = 20;  // from which that pays
-constexpr int kWide = 4;  // vectors of outputs that are kept in registers
+constexpr int64_t kDepth = 64;  // inputs of as many bfloat16 weights as are made float32 at once
+constexpr int64_t kManyRows = 20;  // from which to turn them around pays
+constexpr int64_t kMostRows = std::max<int64_t>(3 * kLanes, kManyRows - 1);  // of a `Rows`
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -212,137 +213,183 @@ void few_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, i
   }
 }
 
-// Vectors of which every four lanes are four numbers of a row: lanes 4 g to 4 g + 3 those of the row 4 g rows on.
-inline Vec quads(const float* at, int64_t stride) {
+// Of each four lanes of four vectors, a square: its columns become its rows.
+inline void transpose_squares(Vec (&x)[4]) {
+  const Vec low = pairs(x[0], x[1], false), low2 = pairs(x[2], x[3], false);
+  const Vec high = pairs(x[0], x[1], true), high2 = pairs(x[2], x[3], true);
+  x[0] = evens(low, low2), x[1] = odds(low, low2), x[2] = evens(high, high2), x[3] = odds(high, high2);
+}
+
+// The numbers at `k` and after it of every fourth row, four of each.
+inline Vec quads(const float* const* at, int64_t k) {
   Four first;
-  std::memcpy(&first, at, sizeof first);
+  std::memcpy(&first, at[0] + k, sizeof first);
 #if defined(__AVX512F__)
   __m512 all = _mm512_castps128_ps512(first);
-  all = _mm512_insertf32x4(all, _mm_loadu_ps(at + 4 * stride), 1);
-  all = _mm512_insertf32x4(all, _mm_loadu_ps(at + 8 * stride), 2);
-  return _mm512_insertf32x4(all, _mm_loadu_ps(at + 12 * stride), 3);
+  all = _mm512_insertf32x4(all, _mm_loadu_ps(at[4] + k), 1);
+  all = _mm512_insertf32x4(all, _mm_loadu_ps(at[8] + k), 2);
+  return _mm512_insertf32x4(all, _mm_loadu_ps(at[12] + k), 3);
 #elif defined(__AVX__)
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(at + 4 * stride), 1);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(first), _mm_loadu_ps(at[4] + k), 1);
 #else
   return first;
 #endif
 }
 
-// panel[n / (kWide * kLanes)][k][n % (kWide * kLanes)] = w[n * stride + k], for k below `depth`, n below `outputs`.
-template <class T>
-void turn_around(const T* w, int64_t stride, int64_t outputs, int64_t depth, float* panel) {
-  float widened[kLanes * kDepth];
-  for (int64_t n = 0; n < outputs; n += kLanes) {
-    const int64_t rows = std::min<int64_t>(kLanes, outputs - n);
-    const float* from = widened;
-    int64_t apart = kDepth, k = 0;
-    if constexpr (std::is_same_v<T, float>) {
-      from = w + n * stride, apart = stride;
-    } else {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < depth; ++j) widened[i * kDepth + j] = wide(w[(n + i) * stride + j]);
+// Rows that are multiplied by the same matrix, at most kMostRows.
+struct Rows {
+  const float* const* at;
+  int64_t count, start;  // start: the first one's place among those of all groups
+  int64_t place;         // among the vectors of all that are turned around, or -1
+  Vec* turned;           // [size][vectors()], or null
+
+  int64_t vectors() const { return (count + kLanes - 1) / kLanes; }
+};
+
+// turned[k][v] = element k of each row, a row in each lane; lanes of no row are zero.
+inline void turn_around(const Rows& rows, int64_t size) {
+  const std::vector<float> none(size);
+  for (int64_t v = 0, vectors = rows.vectors(); v < vectors; ++v) {
+    const float* from[kLanes];
+    for (int64_t i = 0, m = v * kLanes; i < kLanes; ++i, ++m) from[i] = m < rows.count ? rows.at[m] : none.data();
+    int64_t k = 0;
+    for (; k + 4 <= size; k += 4) {
+      Vec x[4];
+      for (int j = 0; j < 4; ++j) x[j] = quads(from + j, k);
+      transpose_squares(x);
+      for (int j = 0; j < 4; ++j) rows.turned[(k + j) * vectors + v] = x[j];
     }
-    float* to = panel + n / (kWide * kLanes) * kDepth * kWide * kLanes + n % (kWide * kLanes);
-    for (; rows == kLanes && k + 4 <= depth; k += 4, to += 4 * kWide * kLanes) {
-      Vec r[4];
-      for (int j = 0; j < 4; ++j) r[j] = quads(from + j * apart + k, apart);
-      Vec low = pairs(r[0], r[1], false), low2 = pairs(r[2], r[3], false);
-      Vec high = pairs(r[0], r[1], true), high2 = pairs(r[2], r[3], true);
-      put(to, evens(low, low2));
-      put(to + kWide * kLanes, odds(low, low2));
-      put(to + 2 * kWide * kLanes, evens(high, high2));
-      put(to + 3 * kWide * kLanes, odds(high, high2));
-    }
-    for (; k < depth; ++k, to += kWide * kLanes)
-      for (int64_t i = 0; i < kLanes; ++i) to[i] = i < rows ? from[i * apart + k] : 0.0f;
+    for (; k < size; ++k)
+      for (int i = 0; i < kLanes; ++i) rows.turned[k * vectors + v][i] = from[i][k];
   }
 }
 
-// The weights that are turned around next: `each` rows of them at each step.
-struct FetchRows {
-  const char* at;
-  int64_t stride, bytes, left, each;
+// Rows of several groups, cut as products take them: the many of a group in twos and threes of vectors.
+struct Sorted {
+  std::vector<Rows> each;
+  int64_t rows = 0, vectors = 0;
+  std::unique_ptr<Vec[]> turned;
 
-  void step() {
-    for (int64_t i = std::min(each, left); i > 0; --i, --left, at += stride)
-      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(at + b, 0, 2);
+  // The next `count` of the rows `at`, one group's.
+  void add(const float* const* at, int64_t count) {
+    if (count < kManyRows) {
+      if (count > 0) each.push_back({at + rows, count, rows, -1, nullptr});
+    } else {
+      const int64_t all = (count + kLanes - 1) / kLanes, parts = (all + 2) / 3;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = all * part / parts, to = all * (part + 1) / parts, first = from * kLanes;
+        each.push_back({at + rows + first, std::min(to * kLanes, count) - first, rows + first, vectors + from, nullptr});
+      }
+      vectors += all;
+    }
+    rows += count;
+  }
+
+  // To be called before the products, when all are there. Rows have `size` elements; run(n, work) does work(i) for i < n.
+  template <class Run>
+  void turn_around(int64_t size, Run run) {
+    if (vectors == 0) return;
+    turned.reset(new Vec[vectors * size]);
+    for (Rows& one : each) one.turned = one.place < 0 ? nullptr : turned.get() + one.place * size;
+    run(static_cast<int64_t>(each.size()), [&](int64_t i) {
+      if (each[i].turned) native::turn_around(each[i], size);
+    });
   }
 };
 
-// M rows times a panel's outputs: sums[m][n] += sum over k of a[m][k] panel[k][n].
-template <int M>
-inline void wide_tile(const float* const* a, int64_t start, int64_t depth, const float* panel, float* sums,
-                      FetchRows& fetch) {
-  const float* row[M];
-  Vec totals[M][kWide];
-  for (int m = 0; m < M; ++m) {
-    row[m] = a[m] + start;
-    for (int n = 0; n < kWide; ++n) totals[m][n] = load(sums + m * kBlock + n * kLanes);
-  }
-  for (int64_t k = 0; k < depth; ++k, panel += kWide * kLanes) {
-    if (k % 4 == 0) fetch.step();
-    Vec b[kWide];
+inline void widen(const BFloat16* from, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) put(to + i, load(from + i));
+  for (; i < size; ++i) to[i] = wide(from[i]);
+}
+
+// V vectors of rows times N outputs: out[n][v] = sum over k of turned[k][v] w[n * stride + k].
+template <int V, int N, class T>
+inline void wide_tile(const Vec* turned, const T* w, int64_t stride, int64_t size, Fetch& fetch, Vec (*out)[V]) {
+  Vec totals[N][V] = {};
+  auto add = [&](const float* at, int64_t apart) __attribute__((always_inline)) {
+    Vec x[V];
 #pragma GCC unroll 8
-    for (int n = 0; n < kWide; ++n) b[n] = load(panel + n * kLanes);
+    for (int v = 0; v < V; ++v) x[v] = turned[v];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      Vec x = row[m][k] - Vec{};  // in every lane
+    for (int n = 0; n < N; ++n) {
+      const Vec weight = at[n * apart] - Vec{};  // in every lane
 #pragma GCC unroll 8
-      for (int n = 0; n < kWide; ++n) totals[m][n] += x * b[n];
+      for (int v = 0; v < V; ++v) totals[n][v] += weight * x[v];
+    }
+    turned += V;
+  };
+  auto add_all = [&](const float* at, int64_t apart, int64_t count) __attribute__((always_inline)) {
+    int64_t k = 0;
+    for (; k + 2 <= count; k += 2) {
+      fetch.step();
+      add(at + k, apart);
+      add(at + k + 1, apart);
+    }
+    if (k < count) add(at + k, apart);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    add_all(w, stride, size);
+  } else {
+    alignas(64) float widened[N * kDepth];
+    for (int64_t k = 0; k < size; k += kDepth) {
+      const int64_t depth = std::min(kDepth, size - k);
+      for (int n = 0; n < N; ++n) widen(w + n * stride + k, depth, widened + n * kDepth);
+      add_all(widened, kDepth, depth);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < kWide; ++n) put(sums + m * kBlock + n * kLanes, totals[m][n]);
+  for (int n = 0; n < N; ++n)
+    for (int v = 0; v < V; ++v) out[n][v] = totals[n][v];
 }
 
-inline void wide_tile(int rows, const float* const* a, int64_t start, int64_t depth, const float* panel, float* sums,
-                      FetchRows& fetch) {
-  switch (rows) {
-    case 1: return wide_tile<1>(a, start, depth, panel, sums, fetch);
-    case 2: return wide_tile<2>(a, start, depth, panel, sums, fetch);
-    case 3: return wide_tile<3>(a, start, depth, panel, sums, fetch);
-    case 4: return wide_tile<std::min(4, kRows)>(a, start, depth, panel, sums, fetch);
-    case 5: return wide_tile<std::min(5, kRows)>(a, start, depth, panel, sums, fetch);
-    default: return wide_tile<kRows>(a, start, depth, panel, sums, fetch);
-  }
-}
-
-// At most kBlock outputs. While one piece of the weights is computed with, the next is fetched.
-template <class T, class Store>
-void many_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first,
-               int64_t last, const T* ahead, Store store) {
-  const int64_t tiles = (rows + kRows - 1) / kRows, outputs = last - first;
-  alignas(64) float panel[kDepth * kBlock] = {};
-  std::unique_ptr<float[]> sums(new float[rows * kBlock]());
-  for (int64_t k = 0; k < size; k += kDepth) {
-    const int64_t depth = std::min(kDepth, size - k);
-    turn_around(w + first * stride + k, stride, outputs, depth, panel);
-    const T* next = k + kDepth < size ? w + first * stride + k + kDepth : ahead;
-    FetchRows fetch{reinterpret_cast<const char*>(next), stride * static_cast<int64_t>(sizeof(T)),
-                    kDepth * static_cast<int64_t>(sizeof(T)), next ? outputs : 0,
-                    (outputs + tiles * (kDepth / 4) - 1) / (tiles * (kDepth / 4))};
-    for (int64_t t = 0, m = 0; t < tiles; ++t) {
-      const int some = static_cast<int>((rows - m + tiles - t - 1) / (tiles - t));
-      for (int64_t n = 0; n < outputs; n += kWide * kLanes)
-        wide_tile(some, a + m, k, depth, panel + n * kDepth, &sums[m * kBlock + n], fetch);
-      m += some;
+// Four outputs of vector v of the rows.
+template <int V, class Store>
+inline void store_squares(const Vec (*out)[V], int v, int64_t rows, int64_t n, Store store) {
+  Vec x[4] = {out[0][v], out[1][v], out[2][v], out[3][v]};
+  transpose_squares(x);
+  for (int i = 0; i < kLanes; i += 4)
+    for (int j = 0; j < 4; ++j) {
+      const int64_t m = v * kLanes + i + j;
+      if (m < rows) store(m, n, reinterpret_cast<const float*>(&x[j]) + i, std::integral_constant<int, 4>());
     }
-  }
-  for (int64_t m = 0; m < rows; ++m) {
-    const float* at = &sums[m * kBlock];
-    int64_t n = first;
-    for (; n + kOutputs <= last; n += kOutputs, at += kOutputs) store(m, n, at, std::integral_constant<int, kOutputs>());
-    for (; n < last; ++n) store(m, n, at++, std::integral_constant<int, 1>());
+}
+
+// While one tile of outputs is computed with, the next one's weights are fetched.
+template <int V, class T, class Store>
+void many_rows(const Rows& a, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last, const T* ahead,
+               Store store) {
+  Vec out[kWide][V];
+  for (int64_t n = first; n < last;) {
+    const int outputs = last - n >= kWide ? kWide : 1;
+    const T* next = n + outputs < last ? w + (n + outputs) * stride : ahead;
+    const char* begin = reinterpret_cast<const char*>(next);
+    Fetch fetch{begin, next ? begin + outputs * stride * static_cast<int64_t>(sizeof(T)) : begin, kLine};
+    if (outputs == 1) {
+      wide_tile<V, 1>(a.turned, w + n * stride, stride, size, fetch, out);
+      for (int64_t m = 0; m < a.count; ++m) {
+        const float x = out[0][m / kLanes][m % kLanes];
+        store(m, n, &x, std::integral_constant<int, 1>());
+      }
+    } else {
+      wide_tile<V, kWide>(a.turned, w + n * stride, stride, size, fetch, out);
+      for (int v = 0; v < V; ++v)
+        for (int64_t part = 0; part < kWide; part += 4) store_squares(out + part, v, a.count, n + part, store);
+    }
+    n += outputs;
   }
 }
 
-// store(m, n, values, count) for rows a[0 : rows] and outputs [first, last) of w, at most kBlock of them, `count` of
-// them at a time. `ahead` is read next.
+// store(m, n, values, count) for the rows and outputs [first, last) of w, `count` outputs at a time. `ahead` is read
+// next.
 template <class T, class Store>
-void products(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
-              const T* ahead, Store store) {
-  return rows < kManyRows ? few_rows(a, rows, w, stride, size, first, last, ahead, store)
-                          : many_rows(a, rows, w, stride, size, first, last, ahead, store);
+void products(const Rows& a, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last, const T* ahead,
+              Store store) {
+  if (!a.turned) return few_rows(a.at, a.count, w, stride, size, first, last, ahead, store);
+  switch (a.vectors()) {
+    case 1: return many_rows<1>(a, w, stride, size, first, last, ahead, store);
+    case 2: return many_rows<2>(a, w, stride, size, first, last, ahead, store);
+    default: return many_rows<3>(a, w, stride, size, first, last, ahead, store);
+  }
 }
 
 // x[i] = silu(x[i]) * y[i]
