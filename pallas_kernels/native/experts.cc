@@ -23,6 +23,8 @@ struct Groups {
   std::vector<One> each;
   Sorted sorted;
 
+  explicit Groups(int64_t most) { each.reserve(most), sorted.each.reserve(most); }
+
   void add(int64_t matrix, const float* const* at, int64_t count) {
     const size_t first = sorted.each.size();
     sorted.add(at, count);
@@ -87,7 +89,7 @@ ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* ga
     token[row] = i / top_k, share[row] = weights[i];
     in[row] = x.typed_data() + token[row] * dim, hidden[row] = inner.get() + row * width;
   }
-  Groups widening, narrowing;
+  Groups widening(experts), narrowing(experts);
   for (int64_t e = 0; e < experts; ++e) widening.add(e, in.data(), sizes[e]), narrowing.add(e, hidden.data(), sizes[e]);
   expand(pool, widening, gate, up, dim, width, inner.get());
 
@@ -120,7 +122,7 @@ ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* ma
   const int64_t before = std::min(std::max<int64_t>(first_row, 0), rows);
   std::vector<const float*> in(rows - before);
   for (size_t row = 0; row < in.size(); ++row) in[row] = lhs.typed_data() + (before + row) * inputs;
-  Groups groups;
+  Groups groups(count);
   for (int64_t g = 0; g < count; ++g)
     groups.add(g, in.data(), std::min<int64_t>(sizes.typed_data()[g], in.size() - groups.sorted.rows));
   const int64_t end = before + groups.sorted.rows;

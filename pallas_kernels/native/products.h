@@ -34,6 +34,7 @@ constexpr int kLanes = 4, kRows = 4, kWide = 4;
 #endif
 constexpr int kOutputs = 4;  // of a tile of kRows rows; one of many rows has kWide
 constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kPage = 4096;  // bytes along which processors fetch ahead well enough by themselves
 constexpr int64_t kBlock = 64;  // outputs of a piece of work
 constexpr int64_t kDepth = 64;  // inputs of as many bfloat16 weights as are made float32 at once
 constexpr int64_t kManyRows = 20;  // from which to turn them around pays
@@ -137,6 +138,13 @@ struct Fetch {
   }
 };
 
+// `count` rows of weights, which lie one behind the other, a line at each step; nothing where there are none.
+template <class T>
+Fetch rows_of(const T* first, int64_t count, int64_t stride) {
+  const char* begin = reinterpret_cast<const char*>(first);
+  return {begin, first ? begin + count * stride * static_cast<int64_t>(sizeof(T)) : begin, kLine};
+}
+
 // M rows times N outputs: out[m][n] = sum over k of a[m][k] w[n * stride + k].
 template <int M, int N, class T>
 inline void tile(const float* const* a, const T* w, int64_t stride, int64_t size, Fetch& fetch,
@@ -179,26 +187,19 @@ inline void tile(int rows, const float* const* a, const T* w, int64_t stride, in
   }
 }
 
-// A tile of rows stays in the first cache, the outputs' weights in the second: a few dozen of them at a time are best.
-//
-// Memory never rests: while the first tile of rows goes along the weights, the next outputs' are fetched, and while the
-// other tiles do, as many bytes of `ahead`, which is read next.
+// All rows go along a tile of outputs before the next, whose weights are fetched meanwhile; `ahead` comes after the last.
 template <class T, class Store>
 void few_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
               const T* ahead, Store store) {
   float out[kRows][kOutputs];
-  const int64_t tiles = (rows + kRows - 1) / kRows, a_step = kOutputs * kLanes * sizeof(T);
-  auto from = [&](const T* at, int64_t count) {
-    const char* begin = reinterpret_cast<const char*>(at);
-    return Fetch{begin, at ? begin + count * stride * static_cast<int64_t>(sizeof(T)) : begin, a_step};
-  };
-  Fetch fetch = from(w + (first + kOutputs) * stride, last - first - kOutputs), later = from(ahead, last - first);
-  later.bytes = std::max<int64_t>(kLine, a_step / std::max<int64_t>(1, tiles - 1));
-  for (int64_t t = 0, m = 0; t < tiles; ++t) {
-    const int some = static_cast<int>((rows - m + tiles - t - 1) / (tiles - t));
-    for (int64_t n = first; n < last;) {
-      const int outputs = last - n >= kOutputs ? kOutputs : 1;
-      if (t == 0 && n + kOutputs >= last) fetch = later, fetch.bytes = a_step;
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t n = first, outputs; n < last; n += outputs) {
+    outputs = last - n >= kOutputs ? kOutputs : 1;
+    Fetch fetch = rows_of(n + outputs < last ? w + (n + outputs) * stride : ahead, outputs, stride);
+    fetch.bytes = std::max<int64_t>(kLine, outputs * kLanes * sizeof(T) / tiles);
+    if (stride * sizeof(T) >= kPage) fetch.at = fetch.end;
+    for (int64_t t = 0, m = 0; t < tiles; ++t) {
+      const int some = static_cast<int>((rows - m + tiles - t - 1) / (tiles - t));
       if (outputs == 1) {
         tile<1>(some, a + m, w + n * stride, stride, size, fetch, out);
         for (int i = 0; i < some; ++i) store(m + i, n, out[i], std::integral_constant<int, 1>());
@@ -206,10 +207,8 @@ void few_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, i
         tile<kOutputs>(some, a + m, w + n * stride, stride, size, fetch, out);
         for (int i = 0; i < some; ++i) store(m + i, n, out[i], std::integral_constant<int, kOutputs>());
       }
-      n += outputs;
+      m += some;
     }
-    fetch.bytes = later.bytes;
-    m += some;
   }
 }
 
@@ -361,9 +360,7 @@ void many_rows(const Rows& a, const T* w, int64_t stride, int64_t size, int64_t 
   Vec out[kWide][V];
   for (int64_t n = first; n < last;) {
     const int outputs = last - n >= kWide ? kWide : 1;
-    const T* next = n + outputs < last ? w + (n + outputs) * stride : ahead;
-    const char* begin = reinterpret_cast<const char*>(next);
-    Fetch fetch{begin, next ? begin + outputs * stride * static_cast<int64_t>(sizeof(T)) : begin, kLine};
+    Fetch fetch = rows_of(n + outputs < last ? w + (n + outputs) * stride : ahead, outputs, stride);
     if (outputs == 1) {
       wide_tile<V, 1>(a.turned, w + n * stride, stride, size, fetch, out);
       for (int64_t m = 0; m < a.count; ++m) {

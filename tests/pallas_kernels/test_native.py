@@ -94,7 +94,9 @@ def test_grouped(rows, sizes, swiglu, dtype):
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 20, 3), (6, 1, 64, 16), (2, 2, 7, 5), (12, 4, 128, 8)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, page", [(4, 2, 20, 3), (6, 1, 64, 16), (2, 2, 7, 5), (12, 4, 128, 8), (14, 1, 12, 6)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_paged_attention(heads, kv_heads, dim, page, dtype):
     """Rows that decode, verify drafts and read a prompt, beside one that waits and one that is not live; NaN around."""
