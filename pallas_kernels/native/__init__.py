@@ -1,8 +1,8 @@
 """C++ for the CPU, compiled on the machine it runs on: where XLA copies or repacks weights, these read them in place.
 
-The sources beside this file are compiled at first use (some seconds) with the machine's C++ compiler, against XLA's
-FFI headers, which jaxlib brings, and kept in the user's cache. Without a compiler everything runs as before, by the
-loops in XLA that each op's `cpu.py` has, and more slowly. GLM45_NATIVE=0 turns it off.
+The sources beside this file are compiled at first use (half a minute of a core) with the machine's C++ compiler,
+against XLA's FFI headers, which jaxlib brings, and kept in the user's cache. Without a compiler everything runs as
+before, by the loops in XLA that each op's `cpu.py` has, and more slowly. GLM45_NATIVE=0 turns it off.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder) / "native.so"
             command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
             os.replace(made, library)
     return library
 

@@ -65,49 +65,63 @@ void expand(ffi::ThreadPool& pool, Groups& groups, const T* matrices, const T* s
   });
 }
 
+// What the router chose, sorted by expert: how many rows each has, and of each row its token and that one's weight.
+struct Chosen {
+  std::vector<int64_t> sizes, token;
+  std::vector<float> share;
+};
+
+Chosen by_expert(const int32_t* indices, const float* weights, int64_t count, int64_t top_k, int64_t experts,
+                 int64_t offset) {
+  Chosen out{std::vector<int64_t>(experts, 0)};
+  auto is_here = [&](int64_t i) { return indices[i] >= offset && indices[i] < offset + experts; };
+  for (int64_t i = 0; i < count; ++i)
+    if (is_here(i)) ++out.sizes[indices[i] - offset];
+  std::vector<int64_t> place(experts + 1, 0);
+  for (int64_t e = 0; e < experts; ++e) place[e + 1] = place[e] + out.sizes[e];
+  out.token.resize(place[experts]), out.share.resize(place[experts]);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!is_here(i)) continue;
+    const int64_t row = place[indices[i] - offset]++;
+    out.token[row] = i / top_k, out.share[row] = weights[i];
+  }
+  return out;
+}
+
 template <class T>
 ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* gate, const T* up, const T* down,
                      int64_t experts, int64_t width, const int32_t* indices, const float* weights, int64_t top_k,
                      int64_t offset, float* out) {
   const int64_t tokens = x.dimensions()[0], dim = x.dimensions()[1];
-  std::vector<int64_t> sizes(experts, 0), place(experts + 1, 0);
-  auto local = [&](int64_t i) {
-    const int64_t expert = indices[i] - offset;
-    return expert >= 0 && expert < experts ? expert : -1;
-  };
-  for (int64_t i = 0; i < tokens * top_k; ++i)
-    if (local(i) >= 0) ++sizes[local(i)];
-  for (int64_t e = 0; e < experts; ++e) place[e + 1] = place[e] + sizes[e];
-  const int64_t count = place[experts];
-  std::vector<int64_t> token(count);
-  std::vector<float> share(count);
+  const Chosen chosen = by_expert(indices, weights, tokens * top_k, top_k, experts, offset);
+  const size_t count = chosen.token.size();
   std::vector<const float*> in(count), hidden(count);
   std::unique_ptr<float[]> inner(new float[count * width]);
-  for (int64_t i = 0; i < tokens * top_k; ++i) {
-    if (local(i) < 0) continue;
-    const int64_t row = place[local(i)]++;
-    token[row] = i / top_k, share[row] = weights[i];
-    in[row] = x.typed_data() + token[row] * dim, hidden[row] = inner.get() + row * width;
+  for (size_t row = 0; row < count; ++row) {
+    in[row] = x.typed_data() + chosen.token[row] * dim, hidden[row] = inner.get() + row * width;
   }
   Groups widening(experts), narrowing(experts);
-  for (int64_t e = 0; e < experts; ++e) widening.add(e, in.data(), sizes[e]), narrowing.add(e, hidden.data(), sizes[e]);
+  for (int64_t e = 0; e < experts; ++e) {
+    widening.add(e, in.data(), chosen.sizes[e]), narrowing.add(e, hidden.data(), chosen.sizes[e]);
+  }
   expand(pool, widening, gate, up, dim, width, inner.get());
 
   narrowing.sorted.turn_around(width, on(pool));
-  const std::vector<Groups::One>& chosen = narrowing.each;
+  const std::vector<Groups::One>& groups = narrowing.each;
   parallel(pool, blocks(dim), [&](int64_t i) {
     const int64_t first = i * kBlock, last = std::min(first + kBlock, dim);
     for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * dim + first, out + t * dim + last, 0.0f);
-    for (size_t g = 0; g < chosen.size(); ++g)
-      for (size_t c = chosen[g].first; c < chosen[g].last; ++c) {
+    for (size_t g = 0; g < groups.size(); ++g)
+      for (size_t c = groups[g].first; c < groups[g].last; ++c) {
         const Rows& rows = narrowing.sorted.each[c];
-        const bool more = c + 1 < chosen[g].last || g + 1 == chosen.size();
-        products(rows, down + chosen[g].matrix * dim * width, width, width, first, last,
-                 more ? nullptr : down + (chosen[g + 1].matrix * dim + first) * width,
+        const bool more = c + 1 < groups[g].last || g + 1 == groups.size();
+        products(rows, down + groups[g].matrix * dim * width, width, width, first, last,
+                 more ? nullptr : down + (groups[g + 1].matrix * dim + first) * width,
                  [&](int64_t m, int64_t n, const float* x, auto count) {
                    const int64_t row = rows.start + m;
-                   float* sum = out + token[row] * dim + n;
-                   for (int i = 0; i < count; ++i) sum[i] += share[row] * x[i];
+                   const float share = chosen.share[row];
+                   float* sum = out + chosen.token[row] * dim + n;
+                   for (int i = 0; i < count; ++i) sum[i] += share * x[i];
                  });
       }
   });
@@ -123,8 +137,10 @@ ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* ma
   std::vector<const float*> in(rows - before);
   for (size_t row = 0; row < in.size(); ++row) in[row] = lhs.typed_data() + (before + row) * inputs;
   Groups groups(count);
-  for (int64_t g = 0; g < count; ++g)
-    groups.add(g, in.data(), std::min<int64_t>(sizes.typed_data()[g], in.size() - groups.sorted.rows));
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t left = rows - before - groups.sorted.rows;
+    groups.add(g, in.data(), std::min<int64_t>(std::max(sizes.typed_data()[g], 0), left));
+  }
   const int64_t end = before + groups.sorted.rows;
   std::fill(out, out + before * columns, 0.0f);
   std::fill(out + end * columns, out + rows * columns, 0.0f);

@@ -187,7 +187,8 @@ inline void tile(int rows, const float* const* a, const T* w, int64_t stride, in
   }
 }
 
-// All rows go along a tile of outputs before the next, whose weights are fetched meanwhile; `ahead` comes after the last.
+// All rows go along a tile of outputs before the next, whose weights are fetched meanwhile; `ahead` comes after the
+// last.
 template <class T, class Store>
 void few_rows(const float* const* a, int64_t rows, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last,
               const T* ahead, Store store) {
@@ -263,6 +264,8 @@ inline void turn_around(const Rows& rows, int64_t size) {
   }
 }
 
+static_assert(kManyRows > kLanes, "many rows are two vectors at least");
+
 // Rows of several groups, cut as products take them: the many of a group in twos and threes of vectors.
 struct Sorted {
   std::vector<Rows> each;
@@ -277,14 +280,16 @@ struct Sorted {
       const int64_t all = (count + kLanes - 1) / kLanes, parts = (all + 2) / 3;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t from = all * part / parts, to = all * (part + 1) / parts, first = from * kLanes;
-        each.push_back({at + rows + first, std::min(to * kLanes, count) - first, rows + first, vectors + from, nullptr});
+        const int64_t size = std::min(to * kLanes, count) - first;
+        each.push_back({at + rows + first, size, rows + first, vectors + from, nullptr});
       }
       vectors += all;
     }
     rows += count;
   }
 
-  // To be called before the products, when all are there. Rows have `size` elements; run(n, work) does work(i) for i < n.
+  // To be called before the products, when all are there. Rows have `size` elements; run(n, work) does work(i) for all
+  // i below n.
   template <class Run>
   void turn_around(int64_t size, Run run) {
     if (vectors == 0) return;
@@ -304,7 +309,7 @@ inline void widen(const BFloat16* from, int64_t size, float* to) {
 
 // V vectors of rows times N outputs: out[n][v] = sum over k of turned[k][v] w[n * stride + k].
 template <int V, int N, class T>
-inline void wide_tile(const Vec* turned, const T* w, int64_t stride, int64_t size, Fetch& fetch, Vec (*out)[V]) {
+__attribute__((noinline)) void wide_tile(const Vec* turned, const T* w, int64_t stride, int64_t size, Fetch& fetch, Vec (*out)[V]) {
   Vec totals[N][V] = {};
   auto add = [&](const float* at, int64_t apart) __attribute__((always_inline)) {
     Vec x[V];
@@ -382,11 +387,8 @@ template <class T, class Store>
 void products(const Rows& a, const T* w, int64_t stride, int64_t size, int64_t first, int64_t last, const T* ahead,
               Store store) {
   if (!a.turned) return few_rows(a.at, a.count, w, stride, size, first, last, ahead, store);
-  switch (a.vectors()) {
-    case 1: return many_rows<1>(a, w, stride, size, first, last, ahead, store);
-    case 2: return many_rows<2>(a, w, stride, size, first, last, ahead, store);
-    default: return many_rows<3>(a, w, stride, size, first, last, ahead, store);
-  }
+  return a.vectors() == 2 ? many_rows<2>(a, w, stride, size, first, last, ahead, store)
+                          : many_rows<3>(a, w, stride, size, first, last, ahead, store);
 }
 
 // x[i] = silu(x[i]) * y[i]
