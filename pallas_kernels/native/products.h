@@ -38,6 +38,7 @@ constexpr int64_t kPage = 4096;  // bytes along which processors fetch ahead wel
 constexpr int64_t kBlock = 64;  // outputs of a piece of work
 constexpr int64_t kDepth = 64;  // inputs of as many bfloat16 weights as are made float32 at once
 constexpr int64_t kManyRows = 20;  // from which to turn them around pays
+static_assert(kManyRows > kLanes, "many rows are two vectors at least");
 constexpr int64_t kMostRows = std::max<int64_t>(3 * kLanes, kManyRows - 1);  // of a `Rows`
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -264,8 +265,6 @@ inline void turn_around(const Rows& rows, int64_t size) {
   }
 }
 
-static_assert(kManyRows > kLanes, "many rows are two vectors at least");
-
 // Rows of several groups, cut as products take them: the many of a group in twos and threes of vectors.
 struct Sorted {
   std::vector<Rows> each;
@@ -309,7 +308,8 @@ inline void widen(const BFloat16* from, int64_t size, float* to) {
 
 // V vectors of rows times N outputs: out[n][v] = sum over k of turned[k][v] w[n * stride + k].
 template <int V, int N, class T>
-__attribute__((noinline)) void wide_tile(const Vec* turned, const T* w, int64_t stride, int64_t size, Fetch& fetch, Vec (*out)[V]) {
+__attribute__((noinline)) void wide_tile(const Vec* turned, const T* w, int64_t stride, int64_t size, Fetch& fetch,
+                                         Vec (*out)[V]) {
   Vec totals[N][V] = {};
   auto add = [&](const float* at, int64_t apart) __attribute__((always_inline)) {
     Vec x[V];
