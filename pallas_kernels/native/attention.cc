@@ -127,25 +127,21 @@ void attend(const Batch<T>& b, const Piece& piece, int64_t head) {
   const int64_t chunk = (kChunk + b.page_size - 1) / b.page_size * b.page_size;
   std::vector<float> scaled(queries * dim), scores(queries * chunk), sums(queries * dim, 0.0f), totals(queries, 0.0f);
   std::vector<float> highest(queries, -std::numeric_limits<float>::infinity());
-  std::vector<const float*> rows(queries);
   for (int64_t m = 0; m < queries; ++m) {
     const float* from = b.q + ((piece.first + m / group) * b.heads + head * group + m % group) * dim;
     for (int64_t d = 0; d < dim; ++d) scaled[m * dim + d] = from[d] * b.scale;
-    rows[m] = &scaled[m * dim];
   }
-  Sorted sorted;
-  sorted.add(rows.data(), queries);
-  sorted.turn_around(dim, [](int64_t count, auto work) {
+  Sorted sorted{dim};
+  sorted.add(scaled.data(), queries);
+  sorted.turn_around([](int64_t count, auto work) {
     for (int64_t i = 0; i < count; ++i) work(i);
   });
   for (int64_t from = 0; from < end; from += chunk) {
     const int64_t size = std::min(chunk, end - from);
     for (int64_t p = 0; p < size; p += b.page_size)
       for (const Rows& some : sorted.each)
-        products(some, b.at(piece.row, head, from + p), 2 * dim, dim, 0, std::min(b.page_size, size - p),
-                 static_cast<const T*>(nullptr), [&](int64_t m, int64_t n, const float* x, auto count) {
-                   std::memcpy(&scores[(some.start + m) * chunk + p + n], x, count * sizeof(float));
-                 });
+        products(some, b.at(piece.row, head, from + p), 2 * dim, dim, std::min(b.page_size, size - p),
+                 &scores[some.start * chunk + p], chunk);
     for (int64_t m = 0; m < queries; ++m)
       soften(&scores[m * chunk], size, piece.position + m / group + 1 - from, &highest[m], &totals[m], &sums[m * dim],
              dim);

@@ -7,11 +7,6 @@
 namespace native {
 namespace {
 
-template <int count>
-void put(float* at, const float* x) {
-  std::memcpy(at, x, count * sizeof(float));
-}
-
 int64_t blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
 // Rows, sorted by group, and the group's matrix of each piece of them.
@@ -23,9 +18,9 @@ struct Groups {
   std::vector<One> each;
   Sorted sorted;
 
-  explicit Groups(int64_t most) { each.reserve(most), sorted.each.reserve(most); }
+  Groups(int64_t most, int64_t size) : sorted{size} { each.reserve(most), sorted.each.reserve(most); }
 
-  void add(int64_t matrix, const float* const* at, int64_t count) {
+  void add(int64_t matrix, const float* at, int64_t count) {
     const size_t first = sorted.each.size();
     sorted.add(at, count);
     if (count > 0) each.push_back({matrix, first, sorted.each.size()});
@@ -40,27 +35,20 @@ auto on(ffi::ThreadPool& pool) {
 template <class T>
 void expand(ffi::ThreadPool& pool, Groups& groups, const T* matrices, const T* second_matrices, int64_t inputs,
             int64_t columns, float* out) {
-  const int64_t of_each = blocks(columns), pieces = static_cast<int64_t>(groups.each.size()) * of_each;
-  auto piece_of = [&](const T* all, int64_t i) {
-    return i < pieces ? all + (groups.each[i / of_each].matrix * columns + i % of_each * kBlock) * inputs : nullptr;
-  };
-  groups.sorted.turn_around(inputs, on(pool));
-  parallel(pool, pieces, [&](int64_t i) {
+  const int64_t of_each = blocks(columns);
+  groups.sorted.turn_around(on(pool));
+  parallel(pool, static_cast<int64_t>(groups.each.size()) * of_each, [&](int64_t i) {
     const Groups::One& one = groups.each[i / of_each];
-    const int64_t first = i % of_each * kBlock, last = std::min(first + kBlock, columns);
-    const int64_t matrix = one.matrix * columns * inputs;
+    const int64_t first = i % of_each * kBlock, count = std::min(kBlock, columns - first);
+    const int64_t matrix = (one.matrix * columns + first) * inputs;
     alignas(64) float ups[kMostRows * kBlock];
     for (size_t c = one.first; c < one.last; ++c) {
       const Rows& rows = groups.sorted.each[c];
-      float* mine = out + rows.start * columns;
-      const T* after = c + 1 == one.last ? piece_of(matrices, i + 1) : nullptr;
-      products(rows, matrices + matrix, inputs, inputs, first, last,
-               second_matrices ? piece_of(second_matrices, i) : after,
-               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(mine + m * columns + n, x); });
+      float* mine = out + rows.start * columns + first;
+      products(rows, matrices + matrix, inputs, inputs, count, mine, columns);
       if (!second_matrices) continue;
-      products(rows, second_matrices + matrix, inputs, inputs, first, last, after,
-               [&](int64_t m, int64_t n, const float* x, auto count) { put<count>(&ups[m * kBlock + n - first], x); });
-      for (int64_t m = 0; m < rows.count; ++m) swiglu(mine + m * columns + first, &ups[m * kBlock], last - first);
+      products(rows, second_matrices + matrix, inputs, inputs, count, ups, kBlock);
+      for (int64_t m = 0; m < rows.count; ++m) swiglu(mine + m * columns, &ups[m * kBlock], count);
     }
   });
 }
@@ -95,34 +83,29 @@ ffi::Error fused_moe(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> x, const T* ga
   const int64_t tokens = x.dimensions()[0], dim = x.dimensions()[1];
   const Chosen chosen = by_expert(indices, weights, tokens * top_k, top_k, experts, offset);
   const size_t count = chosen.token.size();
-  std::vector<const float*> in(count), hidden(count);
-  std::unique_ptr<float[]> inner(new float[count * width]);
-  for (size_t row = 0; row < count; ++row) {
-    in[row] = x.typed_data() + chosen.token[row] * dim, hidden[row] = inner.get() + row * width;
-  }
-  Groups widening(experts), narrowing(experts);
+  std::unique_ptr<float[]> in(new float[count * dim]), inner(new float[count * width]);
+  for (size_t row = 0; row < count; ++row)
+    std::copy_n(x.typed_data() + chosen.token[row] * dim, dim, in.get() + row * dim);
+  Groups widening(experts, dim), narrowing(experts, width);
   for (int64_t e = 0; e < experts; ++e) {
-    widening.add(e, in.data(), chosen.sizes[e]), narrowing.add(e, hidden.data(), chosen.sizes[e]);
+    widening.add(e, in.get(), chosen.sizes[e]), narrowing.add(e, inner.get(), chosen.sizes[e]);
   }
   expand(pool, widening, gate, up, dim, width, inner.get());
 
-  narrowing.sorted.turn_around(width, on(pool));
-  const std::vector<Groups::One>& groups = narrowing.each;
+  narrowing.sorted.turn_around(on(pool));
   parallel(pool, blocks(dim), [&](int64_t i) {
-    const int64_t first = i * kBlock, last = std::min(first + kBlock, dim);
-    for (int64_t t = 0; t < tokens; ++t) std::fill(out + t * dim + first, out + t * dim + last, 0.0f);
-    for (size_t g = 0; g < groups.size(); ++g)
-      for (size_t c = groups[g].first; c < groups[g].last; ++c) {
+    const int64_t first = i * kBlock, size = std::min(kBlock, dim - first);
+    alignas(64) float outs[kMostRows * kBlock];
+    for (int64_t t = 0; t < tokens; ++t) std::fill_n(out + t * dim + first, size, 0.0f);
+    for (const Groups::One& one : narrowing.each)
+      for (size_t c = one.first; c < one.last; ++c) {
         const Rows& rows = narrowing.sorted.each[c];
-        const bool more = c + 1 < groups[g].last || g + 1 == groups.size();
-        products(rows, down + groups[g].matrix * dim * width, width, width, first, last,
-                 more ? nullptr : down + (groups[g + 1].matrix * dim + first) * width,
-                 [&](int64_t m, int64_t n, const float* x, auto count) {
-                   const int64_t row = rows.start + m;
-                   const float share = chosen.share[row];
-                   float* sum = out + chosen.token[row] * dim + n;
-                   for (int i = 0; i < count; ++i) sum[i] += share * x[i];
-                 });
+        products(rows, down + (one.matrix * dim + first) * width, width, width, size, outs, kBlock);
+        for (int64_t m = 0; m < rows.count; ++m) {
+          const float share = chosen.share[rows.start + m];
+          float* sum = out + chosen.token[rows.start + m] * dim + first;
+          for (int64_t n = 0; n < size; ++n) sum[n] += share * outs[m * kBlock + n];
+        }
       }
   });
   return ffi::Error::Success();
@@ -134,12 +117,10 @@ ffi::Error grouped(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32> lhs, const T* ma
                    int64_t columns, ffi::Buffer<ffi::S32> sizes, int64_t first_row, float* out) {
   const int64_t rows = lhs.dimensions()[0], inputs = lhs.dimensions()[1], count = sizes.dimensions()[0];
   const int64_t before = std::min(std::max<int64_t>(first_row, 0), rows);
-  std::vector<const float*> in(rows - before);
-  for (size_t row = 0; row < in.size(); ++row) in[row] = lhs.typed_data() + (before + row) * inputs;
-  Groups groups(count);
+  Groups groups(count, inputs);
   for (int64_t g = 0; g < count; ++g) {
     const int64_t left = rows - before - groups.sorted.rows;
-    groups.add(g, in.data(), std::min<int64_t>(std::max(sizes.typed_data()[g], 0), left));
+    groups.add(g, lhs.typed_data() + before * inputs, std::min<int64_t>(std::max(sizes.typed_data()[g], 0), left));
   }
   const int64_t end = before + groups.sorted.rows;
   std::fill(out, out + before * columns, 0.0f);
