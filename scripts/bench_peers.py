@@ -58,12 +58,12 @@ def make_pair(sizes: dict, directory: str):
 
 
 def alternate(rounds: int, sides: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
-    """Seconds of each side's calls, taken in turn after one warm-up."""
+    """Seconds of each side's calls, taken in turn after one warm-up, there and back: which side follows which matters."""
     times: dict[Any, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
-        for name, call in sides.items():
+        for name in list(sides)[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
-            call()
+            sides[name]()
             if i:
                 times[name].append(time.perf_counter() - start)
     return times
