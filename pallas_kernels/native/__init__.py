@@ -1,6 +1,6 @@
 """C++ for the CPU, compiled on the machine it runs on: where XLA copies or repacks weights, these read them in place.
 
-The sources beside this file are compiled at first use (a quarter of a minute of a core) with the machine's C++ compiler,
+The sources beside this file are compiled at first use, in a quarter of a minute, with the machine's C++ compiler,
 against XLA's FFI headers, which jaxlib brings, and kept in the user's cache. Without a compiler everything runs as
 before, by the loops in XLA that each op's `cpu.py` has, and more slowly. GLM45_NATIVE=0 turns it off.
 """
