@@ -58,7 +58,7 @@ def make_pair(sizes: dict, directory: str):
 
 
 def alternate(rounds: int, sides: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
-    """Seconds of each side's calls, taken in turn after one warm-up, there and back: which side follows which matters."""
+    """Seconds of each side's calls, in turn, there and back (what ran before matters), after one warm-up."""
     times: dict[Any, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name in list(sides)[:: 1 if i % 2 else -1]:
