@@ -42,7 +42,7 @@ struct Along {
 template <int N, class Run>
 void in_tiles(int64_t count, int64_t bytes, Run run, int64_t n = 0) {
   while (count - n >= N) {
-    const int64_t step = std::min(std::max<int64_t>(kPage / bytes, 1), (count - n) / N);
+    const int64_t step = std::min(kPage / std::clamp<int64_t>(bytes, 1, kPage), (count - n) / N);
     for (int64_t i = 0; i < step; ++i) run(n + i, step, std::integral_constant<int, N>());
     n += step * N;
   }
